@@ -1,0 +1,136 @@
+"""Every error that llama-mesh raises on purpose, by who must act.
+
+- ``MeshError``
+    - ``ConfigError``        the operator edits a file
+    - ``RequestError``       the caller changes the request (4xx)
+        - ``AuthError``, ``UnknownModelError``, ``BodyTooLargeError``, ``BodyTimeoutError``
+    - ``CapacityError``      the caller tries again later (``retry_after_s`` says when)
+        - ``QueueFullError``, ``QueueTimeoutError``, ``DrainingError``, ``TooLargeError`` (never fits: no retry)
+    - ``InstanceError``      a child process could not be started, never became healthy, or died
+    - ``EngineMissingError`` no llama-server to run
+
+Foreign exceptions are mapped to these at the edge where they arise, with ``raise ... from``. Everything else that
+escapes is a bug and answered 500. ``mesh.api.responses`` holds the one table that turns them into HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MeshError(Exception):
+    """An error with an answer: ``status`` and ``type`` are what an HTTP client sees.
+
+    ``source`` tells a reader of the error envelope who failed: ``mesh`` (this node), ``instance`` (the child process)
+    or ``peer``.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "internal_error"
+    source: ClassVar[str] = "mesh"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class ConfigError(MeshError):
+    """A file or a flag is wrong. The message names file, line, key, value and what is accepted."""
+
+    type = "config_error"
+
+
+class RequestError(MeshError):
+    """The request cannot be served as it is."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class AuthError(RequestError):
+    """No key, or a key that is not allowed."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class UnknownModelError(RequestError):
+    """No enabled profile has this name, or it cannot do what the endpoint asks for."""
+
+    status = 404
+    type = "model_not_found"
+
+
+class BodyTooLargeError(RequestError):
+    """The request body is over ``http.request_body_limit_bytes``."""
+
+    status = 413
+    type = "request_too_large"
+
+
+class BodyTimeoutError(RequestError):
+    """The request body did not arrive within ``http.body_read_timeout_ms``."""
+
+    status = 408
+    type = "request_timeout"
+
+
+class CapacityError(MeshError):
+    """Not now. ``retry_after_s`` is sent as Retry-After."""
+
+    status = 503
+    type = "no_capacity"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = 5) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+
+
+class QueueFullError(CapacityError):
+    """The profile's queue, or the node's, has no place left."""
+
+    type = "queue_full"
+
+
+class QueueTimeoutError(CapacityError):
+    """The request waited ``max_wait_in_queue_ms`` and was not reached."""
+
+    type = "queue_timeout"
+
+
+class DrainingError(CapacityError):
+    """The node is shutting down and takes no new work."""
+
+    type = "draining"
+
+
+class TooLargeError(CapacityError):
+    """The model needs more than the whole budget; waiting would not help."""
+
+    type = "model_too_large"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, retry_after_s=None)
+
+
+class InstanceError(MeshError):
+    """A child failed to start, never became healthy, or died. The message ends with its last log lines."""
+
+    status = 503
+    type = "instance_failed"
+    source = "instance"
+
+
+class UpstreamError(MeshError):
+    """The connection to an instance broke before its answer began."""
+
+    status = 502
+    type = "upstream_error"
+    source = "instance"
+
+
+class EngineMissingError(InstanceError):
+    """There is no llama-server to run. The message lists the ways to get one."""
+
+    type = "engine_missing"

@@ -1,0 +1,44 @@
+"""Background tasks that are named, referenced and never fail in silence (trap 12)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Any
+
+_log = logging.getLogger("mesh.tasks")
+_running: set[asyncio.Task[Any]] = set()
+
+
+def wall_time() -> float:
+    """Seconds since the epoch, for timestamps people read. Never for durations."""
+    return datetime.now(UTC).timestamp()
+
+
+def spawn(coro: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+    """Start *coro* as a task called *name*; the loop holds tasks weakly, so a reference is kept until it ends.
+
+    A failure is logged with its traceback; cancellation is not a failure.
+    """
+    task = asyncio.get_running_loop().create_task(coro, name=name)
+    _running.add(task)
+    task.add_done_callback(_finished)
+    return task
+
+
+def _finished(task: asyncio.Task[Any]) -> None:
+    _running.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("background task %s failed", task.get_name(), exc_info=error)
+
+
+async def forever(step: Callable[[], Coroutine[Any, Any, None]], *, every_s: float, name: str) -> None:
+    """Run *step* every *every_s* seconds until cancelled; a step that raises is logged and the loop goes on."""
+    while True:
+        try:
+            await step()
+        except Exception:
+            _log.exception("periodic task %s failed; it runs again in %.1f s", name, every_s)
+        await asyncio.sleep(every_s)
