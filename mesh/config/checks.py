@@ -1,0 +1,96 @@
+"""Rules between the keys of config.yaml: what would start and then not work is refused by name (trap 85).
+
+Pure but for one look at the disk: whether the TLS files are there. Messages follow llamesh 1.20's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mesh.config.diagnostics import Problem
+from mesh.config.settings import CircuitBreaker, Cluster, Settings
+
+
+def errors(settings: Settings) -> Iterator[Problem]:
+    """Yield every contradiction in *settings*, the keys' own values being valid."""
+    yield from _tls(settings)
+    yield from _ports(settings)
+    if settings.cluster.enabled:
+        yield from _cluster(settings.cluster)
+    if settings.wedge_detector.enabled:
+        yield from _zeros(("wedge_detector",), settings.wedge_detector, ("window_ms", "sample_interval_ms"))
+    if settings.auth.enabled and not (settings.auth.allowed_keys or settings.auth.admin_keys):
+        yield Problem(
+            ("auth", "allowed_keys"),
+            "auth.enabled is true but auth.allowed_keys is empty; every request would be refused."
+            " Add a key (secrets.yaml is the place) or set auth.enabled to false",
+        )
+
+
+def warnings(settings: Settings) -> Iterator[Problem]:
+    """Yield what is allowed and probably not meant."""
+    if not settings.auth.enabled and (settings.auth.allowed_keys or settings.auth.admin_keys):
+        yield Problem(
+            ("auth", "enabled"), "is false, so the keys given are not asked for and everybody may use this node"
+        )
+    if settings.cluster_tls.enabled:
+        yield Problem(
+            ("cluster_tls",), "is deprecated and has no effect; cluster.noise protects the links between nodes"
+        )
+    if not settings.server_tls.enabled and (settings.server_tls.cert_path or settings.server_tls.key_path):
+        yield Problem(
+            ("server_tls", "enabled"), "is false, so the certificate is not used and this node speaks plain HTTP"
+        )
+
+
+def _tls(settings: Settings) -> Iterator[Problem]:
+    tls = settings.server_tls
+    if settings.cluster_tls.enabled and not tls.enabled:
+        state = "disabled" if "server_tls" in settings.model_fields_set else "not configured"
+        yield Problem(
+            ("cluster_tls", "enabled"), f"cluster TLS is enabled but server_tls is {state}; enable server_tls too"
+        )
+    if tls.enabled:
+        for key, path in (("cert_path", tls.cert_path), ("key_path", tls.key_path)):
+            if path is None:
+                yield Problem(("server_tls", key), f"server_tls.enabled is true but server_tls.{key} is not set")
+            elif not Path(path).expanduser().is_file():
+                yield Problem(("server_tls", key), f"there is no such file: {path!r}")
+
+
+def _ports(settings: Settings) -> Iterator[Problem]:
+    ports = settings.llama_cpp_ports
+    if ports is None:
+        return
+    for index, span in enumerate(ports.ranges):
+        if span.start > span.end:
+            message = f"llama_cpp_ports range has start {span.start} greater than end {span.end}; swap them"
+            yield Problem(("llama_cpp_ports", "ranges", index), message)
+    if not ports.ports and not ports.ranges:
+        yield Problem(
+            ("llama_cpp_ports",),
+            "llama_cpp_ports is configured but provides no usable ports; give ports or ranges, or remove the section",
+        )
+
+
+def _zeros(path: tuple[str, ...], section: object, keys: tuple[str, ...]) -> Iterator[Problem]:
+    for key in keys:
+        if getattr(section, key) == 0:
+            owner = "cluster mode" if path == ("cluster",) else ".".join(path)
+            yield Problem((*path, key), f"is 0, but {owner} is enabled; set it above 0")
+
+
+def _cluster(cluster: Cluster) -> Iterator[Problem]:
+    yield from _zeros(("cluster",), cluster, ("gossip_interval_seconds", "max_concurrent_gossip"))
+    if cluster.circuit_breaker.enabled:
+        yield from _breaker(cluster.circuit_breaker)
+
+
+def _breaker(breaker: CircuitBreaker) -> Iterator[Problem]:
+    path = ("cluster", "circuit_breaker")
+    keys = ("failure_threshold", "success_threshold", "open_duration_base_ms", "open_duration_max_ms")
+    yield from _zeros(path, breaker, keys)
+    if breaker.open_duration_base_ms > breaker.open_duration_max_ms > 0:
+        message = f"{breaker.open_duration_base_ms} is more than open_duration_max_ms, {breaker.open_duration_max_ms}"
+        yield Problem((*path, "open_duration_base_ms"), message)

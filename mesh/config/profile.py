@@ -1,0 +1,85 @@
+"""What the rest of the node sees of a cookbook: immutable profiles, defaults already applied, and an index of names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from mesh.core.resources import Resources
+from mesh.errors import RequestError, UnknownModelError
+
+
+class Engine(StrEnum):
+    LLAMA = "llama"
+    WHISPER = "whisper"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One enabled ``model:profile`` of the cookbook. Durations are seconds; ``None`` or 0 as each field says."""
+
+    key: str  #: "model:profile", lower-case: the identity
+    id: str  #: as shown to clients: the model's name if the profile is "default", else "name:profile"
+    model: str
+    profile: str
+    args: tuple[str, ...]  #: llama_server_args, split, otherwise verbatim
+    model_path: str | None = None
+    hf_repo: str | None = None
+    hf_file: str | None = None
+    engine: Engine = Engine.LLAMA
+    env: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    pinned: bool = False
+    devices: tuple[str, ...] = ()
+    description: str | None = None
+    model_description: str | None = None
+    estimate: Resources = field(default_factory=Resources)
+    idle_timeout_s: float = 300.0  #: 0 = never stopped for being idle
+    max_instances: int = 1  #: 0 = never started on this node
+    max_concurrent: int | None = None  #: requests at once per instance; None = the child's slots, 0 = unlimited
+    max_queue: int = 0  #: waiting requests; 0 = unlimited
+    max_wait_s: float | None = 60.0  #: in the queue, loading included; None = for ever
+    max_request_s: float | None = None  #: whole request; None = unlimited
+    min_tenure_s: float = 15.0  #: how long a busy instance is left alone while others wait for its memory
+    startup_timeout_s: float = 60.0  #: silence (no output, no I/O) after which a load counts as stuck
+    drain_on_disconnect: bool = False  #: True: a client that leaves does not cancel its generation (trap 11)
+    download_timeout_s: float = 3600.0  #: longest download of a model by the child itself
+    args_hash: str = ""  #: names the launch arguments, as in llamesh's metrics; same hash, same running instance
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether the arguments make the child an embedding server."""
+        return self._has_flag("--embedding", "--embeddings")
+
+    @property
+    def rerank(self) -> bool:
+        """Whether the arguments make the child a reranker."""
+        return self._has_flag("--rerank", "--reranking")
+
+    def _has_flag(self, *flags: str) -> bool:
+        return any(arg.strip().lower().split("=", 1)[0] in flags for arg in self.args)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The enabled profiles in cookbook order, and every name that leads to one (lower-case)."""
+
+    profiles: tuple[Profile, ...] = ()
+    names: Mapping[str, Profile] = field(default_factory=dict)
+    default_model: str | None = None
+    version: int = 0  #: grows by one with every reload that changed something
+
+    def resolve(self, name: str | None) -> Profile:
+        """Return the profile for a requested name; ``None`` means the request named none.
+
+        Raise ``RequestError`` if none was named and there is no default, ``UnknownModelError`` if it is not known.
+        """
+        if name is None:
+            if self.default_model is None:
+                raise RequestError("the request names no 'model' and no default_model is configured", param="model")
+            name = self.default_model
+        found = self.names.get(name.lower())
+        if found is None:
+            raise UnknownModelError(f"Model '{name}' not found in local cookbook or any peer", param="model")
+        return found
