@@ -1,0 +1,53 @@
+"""Slots whose client is gone: counted as taken until the child is seen to have stopped (trap 9)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from mesh.core.lifecycle import State
+from mesh.engine.instances import Instance
+from mesh.tasks import spawn
+
+#: Seconds between looks at the child. llama-server notices that the client of a non-streaming request left only if a
+#: whole second passes without a result of any task, and a look is a task: after the first, looks stay more than a
+#: second apart.
+WATCH_DELAYS_S = (0.2, 1.5, 1.5, 2.0)
+#: If the child cannot be asked (no /slots), an abandoned request counts this long.
+BLIND_S = 2.0
+#: A request younger than this may not have reached a slot yet when the child is asked.
+SETTLED_S = 0.5
+
+
+def abandon(instance: Instance, post: Callable[[Callable[[], None]], None]) -> None:
+    """Count one more abandoned request; the child is asked from now on, and each answer goes through *post*."""
+    instance.abandoned += 1
+    if not instance.watching:
+        instance.watching = True
+        spawn(_watch(instance, post), f"watch abandoned requests of {instance.id}")
+
+
+async def _watch(instance: Instance, post: Callable[[Callable[[], None]], None]) -> None:
+    loop, looks = asyncio.get_running_loop(), 0
+    while instance.abandoned and instance.state in (State.READY, State.DRAINING):
+        await asyncio.sleep(WATCH_DELAYS_S[min(looks, len(WATCH_DELAYS_S) - 1)])
+        looks, asked_at = looks + 1, loop.time()
+        busy = await instance.runner.busy_slots()
+        if busy is None:
+            await asyncio.sleep(BLIND_S)
+        post(_Seen(instance, busy or 0, asked_at))
+    instance.watching = False
+
+
+class _Seen:
+    """The event "the child had so many busy slots at that time"."""
+
+    def __init__(self, instance: Instance, busy_slots: int, asked_at: float) -> None:
+        self.instance, self.busy_slots, self.asked_at = instance, busy_slots, asked_at
+
+    def __call__(self) -> None:
+        instance = self.instance
+        settled = sum(1 for x in instance.leases if x.needs_slot and x.granted_at < self.asked_at - SETTLED_S)
+        still = max(0, min(instance.abandoned, self.busy_slots - settled))
+        instance.busy -= instance.abandoned - still
+        instance.abandoned = still

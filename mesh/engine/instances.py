@@ -1,0 +1,165 @@
+"""One child process as the supervisor sees it: its state, its counts and the leases on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mesh.config.profile import Profile
+from mesh.core.lifecycle import State
+from mesh.core.resources import Resources
+from mesh.core.scheduler import InstanceView
+from mesh.engine.lease import Endpoint
+from mesh.engine.runner import Report
+from mesh.host.logring import LogRing
+
+
+class RunnerLike(Protocol):
+    """What the supervisor needs of ``mesh.engine.runner.Runner``. Every method but ``busy_slots`` is idempotent."""
+
+    endpoint: Endpoint
+    ring: LogRing
+
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def command(self) -> tuple[str, ...]: ...
+    def start(self) -> None: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+    async def busy_slots(self) -> int | None: ...
+
+
+class LauncherLike(Protocol):
+    def launch(self, instance_id: str, profile: Profile, report: Callable[[Report], None]) -> RunnerLike: ...
+
+
+@dataclass(slots=True, eq=False)
+class ActiveLease:
+    """A granted ``Lease``. Ends once, by ``release`` or ``abandon``, whichever comes first."""
+
+    endpoint: Endpoint
+    instance: Instance
+    needs_slot: bool
+    granted_at: float
+    on_end: Callable[[ActiveLease, bool], None]
+    open: bool = True
+
+    def release(self) -> None:
+        if self.open:
+            self.open = False
+            self.on_end(self, False)
+
+    def abandon(self) -> None:
+        if self.open:
+            self.open = False
+            self.on_end(self, True)
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """Owned and written by the supervisor alone."""
+
+    id: str
+    profile: Profile
+    runner: RunnerLike
+    footprint: Resources
+    started_at: float
+    state: State = State.SPAWNING
+    reported_slots: int | None = None
+    leases: set[ActiveLease] = field(default_factory=set)
+    busy: int = 0  #: slots taken: by leases, and by abandoned requests that the child still computes
+    abandoned: int = 0  #: of those, the ones whose client is gone
+    watching: bool = False  #: a task asks the child how many slots are busy
+    ready_since: float = 0.0
+    idle_since: float = 0.0
+    started_wall: float = 0.0
+    ready_wall: float | None = None
+    fresh: bool = True
+    stale: bool = False
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+    timer: asyncio.TimerHandle | None = None
+
+    @property
+    def slots(self) -> int:
+        """Requests at once; 0 = unlimited."""
+        if self.profile.max_concurrent is not None:
+            return self.profile.max_concurrent
+        return self.reported_slots or 1
+
+    def has_place(self) -> bool:
+        return not (limit := self.slots) or self.busy < limit
+
+    def view(self) -> InstanceView:
+        """Return what the scheduler sees. Abandoned requests take a slot, but nobody waits for them: not active."""
+        return InstanceView(
+            id=self.id,
+            key=self.profile.key,
+            state=self.state,
+            footprint=self.footprint,
+            active=len(self.leases),
+            busy=self.busy,
+            slots=self.slots,
+            ready_since=self.ready_since,
+            idle_since=self.idle_since,
+            fresh=self.fresh,
+            stale=self.stale,
+            pinned=self.profile.pinned,
+        )
+
+
+def footprint(profile: Profile) -> Resources:
+    """Return what one instance is charged: its estimated memory and one of the node's instances."""
+    return profile.estimate + Resources({"instances": 1})
+
+
+def launch_identity(profile: Profile) -> tuple[object, ...]:
+    """Return what a running process was started from; if it differs after a reload, the process must be replaced."""
+    return (profile.engine, profile.args, profile.model_path, profile.hf_repo, profile.hf_file, profile.devices,
+            tuple(sorted(profile.env.items())))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """An instance for people: admin endpoints, ``llama-mesh ps``, metrics."""
+
+    id: str
+    key: str
+    model_id: str
+    state: State
+    pid: int | None
+    port: int
+    slots: int
+    active: int
+    busy: int
+    started_at_wall: float
+    ready_at_wall: float | None
+    last_used_s_ago: float | None
+    memory: Resources
+    command: tuple[str, ...]
+    stale: bool
+
+
+def describe(instance: Instance, now: float) -> InstanceInfo:
+    """Return the public view of *instance*; its command line is redacted by the runner (trap 101)."""
+    ready = instance.state in (State.READY, State.DRAINING)
+    return InstanceInfo(
+        id=instance.id,
+        key=instance.profile.key,
+        model_id=instance.profile.id,
+        state=instance.state,
+        pid=instance.runner.pid,
+        port=instance.runner.endpoint.port,
+        slots=instance.slots,
+        active=len(instance.leases),
+        busy=instance.busy,
+        started_at_wall=instance.started_wall,
+        ready_at_wall=instance.ready_wall,
+        last_used_s_ago=(0.0 if instance.leases else max(0.0, now - instance.idle_since)) if ready else None,
+        memory=Resources({k: v for k, v in instance.footprint.mib.items() if k != "instances"}),
+        command=instance.runner.command,
+        stale=instance.stale,
+    )

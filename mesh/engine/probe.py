@@ -1,0 +1,67 @@
+"""Questions to one child over HTTP: is it healthy, who is it, how many of its slots are busy.
+
+Every question has its own timeout and carries the instance's own API key (trap 104). A question that is not answered
+in the expected way yields None or False, never an exception: a child may be loading, hung or dying at any moment.
+Not on the path of requests. One connection for each question: llama-server closes idle ones, and there are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import httpx
+
+from mesh.engine.lease import Endpoint
+
+TIMEOUT_S: Final = 2.0
+
+
+class Prober:
+    """An HTTP client for all instances of the node."""
+
+    def __init__(self) -> None:
+        self._client = httpx.AsyncClient(
+            verify=False,  # plain HTTP to this machine only; loading CA certificates would be wasted
+            trust_env=False,  # an http_proxy of the operator's shell has no business here
+            limits=httpx.Limits(max_keepalive_connections=0),
+            timeout=TIMEOUT_S,
+        )
+
+    async def healthy(self, endpoint: Endpoint) -> bool:
+        """Whether GET /health answers 200."""
+        response = await self._get(endpoint, "/health")
+        return response is not None and response.status_code == 200
+
+    async def properties(self, endpoint: Endpoint) -> Mapping[str, Any]:
+        """Return what GET /props tells; empty if the server does not."""
+        found = await self._json(endpoint, "/props")
+        return found if isinstance(found, dict) else {}
+
+    async def busy_slots(self, endpoint: Endpoint) -> int | None:
+        """Return how many slots compute, by GET /slots; None if the server does not tell (in time)."""
+        slots = await self._json(endpoint, "/slots")
+        if not isinstance(slots, list):
+            return None
+        return sum(1 for slot in slots if isinstance(slot, dict) and slot.get("is_processing"))
+
+    async def close(self) -> None:
+        """Close the client."""
+        await self._client.aclose()
+
+    async def _json(self, endpoint: Endpoint, path: str) -> Any:
+        response = await self._get(endpoint, path)
+        if response is None or response.status_code != 200:
+            return None
+        try:
+            return response.json()
+        except ValueError:
+            return None
+
+    async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response | None:
+        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+        try:
+            return await self._client.get(f"http://{host}:{endpoint.port}{path}", headers=headers)
+        except (httpx.HTTPError, OSError):
+            return None

@@ -1,0 +1,255 @@
+"""One instance from its start to its exit: port, process, readiness, stall timer, signals.
+
+Owns the process and tells the supervisor what happens to it, through ``report``, always on the event loop: at most one
+``Healthy`` or ``Stalled``, then exactly one ``Exited`` (none if ``start`` raised). Never decides anything: a stalled
+instance is only reported, and it lives until the supervisor says ``terminate`` or ``kill``.
+
+An instance is ready when GET /health says 200 while the process is alive and /props names our model file; never because
+of a log line (trap 94). A foreign server on our port therefore cannot pass for ours (trap 26).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from mesh import tasks
+from mesh.config.profile import Profile
+from mesh.engine import llama
+from mesh.engine.exits import describe_exit
+from mesh.engine.lease import Endpoint
+from mesh.engine.locate import EngineBinary, LlamaCppSettings, find_engine
+from mesh.engine.probe import Prober
+from mesh.engine.stall import StallClock, silence_limit_s
+from mesh.errors import MeshError
+from mesh.host.logring import LogRing
+from mesh.host.memory import sample_tree_async
+from mesh.host.ports import PortAllocator
+from mesh.host.process import Process
+from mesh.host.warden import Warden
+
+FIRST_PROBE_S: Final = 0.025
+SLOWEST_PROBE_S: Final = 0.25
+SHORTEST_PAUSE_S: Final = 0.01
+#: between two samples of what the process tree does; only taken while there is no output
+SAMPLE_EVERY_S: Final = 1.0
+#: lines of the log that a report carries
+TAIL_LINES: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Healthy:
+    """It can serve. ``slots`` requests at once, if it told; ``info`` is what /props said."""
+
+    slots: int | None
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """It will not become ready, though it lives."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The process is reaped and its group is dead. ``returncode`` is negative for a signal."""
+
+    returncode: int | None
+    reason: str
+    log_tail: tuple[str, ...]
+
+
+Report = Healthy | Stalled | Exited
+
+
+@dataclass(slots=True)
+class Host:
+    """What every instance of the node shares."""
+
+    ports: PortAllocator
+    find_engine: Callable[[], EngineBinary]
+    warden: Warden = field(default_factory=Warden)
+    prober: Prober = field(default_factory=Prober)
+
+
+class Runner:
+    """One instance. ``start`` once; the signals are idempotent and harmless after the exit."""
+
+    def __init__(self, instance_id: str, profile: Profile, report: Callable[[Report], None], *, host: Host) -> None:
+        self.instance_id = instance_id
+        self.profile = profile
+        #: complete once ``start`` returned; not alive before
+        self.endpoint = Endpoint(instance_id, profile, llama.LOOPBACK, 0, alive=False)
+        self.ring = LogRing()
+        self.command: tuple[str, ...] = ()  #: the argument list, which holds no secrets
+        self.engine: EngineBinary | None = None
+        self._report = report
+        self._host = host
+        self._process: Process | None = None
+        self._readiness: asyncio.Task[None] | None = None
+        self._told_to_stop = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id, also after its end; None if it was never started."""
+        return self._process.pid if self._process else None
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code once it ended."""
+        return self._process.returncode if self._process else None
+
+    def start(self) -> None:
+        """Start the process and watch it. Raise a ``MeshError`` if that is impossible; then nothing is left behind."""
+        self.engine = self._host.find_engine()
+        fixed = llama.fixed_port(self.profile)
+        ports = self._host.ports
+        port = ports.reserve() if fixed is None else ports.reserve_fixed(fixed)
+        try:
+            command = llama.command(self.profile, self.engine, port)
+            self._process = Process.start(
+                command.argv, env=command.env, on_exit=self._exited, ring=self.ring, warden=self._host.warden
+            )
+        except MeshError:
+            ports.release(port, rest=False)
+            raise
+        self.command = command.argv
+        self.endpoint.host, self.endpoint.port, self.endpoint.api_key = command.host, port, command.api_key
+        self.endpoint.alive = True
+        self._readiness = tasks.spawn(self._become_ready(self._process), f"readiness of {self.instance_id}")
+
+    def terminate(self) -> None:
+        """Close the connections to it, then ask its group to end.
+
+        In this order: with a request in progress llama-server waits for the client, possibly for ever.
+        """
+        self._stop(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End its group now."""
+        self._stop(signal.SIGKILL)
+
+    async def busy_slots(self) -> int | None:
+        """Return how many slots the child computes on; None if it does not tell."""
+        if self._process is None or self._process.returncode is not None:
+            return None
+        return await self._host.prober.busy_slots(self.endpoint)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._told_to_stop = True
+        self._stop_readiness()
+        self.endpoint.close()
+        self._process.signal_group(number)
+
+    def _stop_readiness(self) -> None:
+        if self._readiness is not None:
+            self._readiness.cancel()
+
+    def _exited(self, returncode: int) -> None:
+        self._stop_readiness()
+        self.endpoint.close()
+        self._host.ports.release(self.endpoint.port)
+        tail = tuple(self.ring.tail(TAIL_LINES))
+        self._report(Exited(returncode, describe_exit(returncode, tail, asked=self._told_to_stop), tail))
+
+    # -- readiness
+
+    async def _become_ready(self, process: Process) -> None:
+        """Report ``Healthy`` or ``Stalled``; cancelled by exit and stop."""
+        if not await self._healthy_in_time(process):
+            return
+        info = await self._host.prober.properties(self.endpoint)
+        if (impostor := _other_model(self.profile, info)) is not None:
+            port = self.endpoint.port
+            self._report(Stalled(f"port {port} is answered by another server, which serves {impostor}"))
+            return
+        slots = info.get("total_slots")
+        self._report(Healthy(slots if isinstance(slots, int) and slots > 0 else None, info))
+
+    async def _healthy_in_time(self, process: Process) -> bool:
+        """Probe until /health says 200; report ``Stalled`` and return False after too long a silence."""
+        loop = asyncio.get_running_loop()
+        limit_s = silence_limit_s(self.profile.startup_timeout_s, _model_bytes(self.profile))
+        clock, sample_at, pause_s = StallClock(loop.time(), limit_s), loop.time(), FIRST_PROBE_S
+        printed = asyncio.Event()
+        process.on_output = printed.set
+        while True:
+            await _pause(printed, pause_s)
+            pause_s = min(pause_s * 1.3, SLOWEST_PROBE_S)
+            if await self._host.prober.healthy(self.endpoint):
+                return True
+            clock.output(process.last_output_at)
+            if loop.time() >= sample_at:
+                sample_at = loop.time() + min(SAMPLE_EVERY_S, limit_s / 4)
+                usage = await sample_tree_async(process.pid)
+                clock.sampled(loop.time(), usage)
+            if clock.stalled(loop.time()):
+                self._report(
+                    Stalled(f"no sign of progress for {limit_s:.3g} s while loading (startup_timeout_seconds)")
+                )
+                return False
+
+
+class Launcher:
+    """Makes runners for one node, from its settings."""
+
+    def __init__(self, llama_cpp: LlamaCppSettings, ports: PortAllocator | None = None) -> None:
+        self._host = Host(ports or PortAllocator(), lambda: find_engine(llama_cpp))
+
+    def launch(self, instance_id: str, profile: Profile, report: Callable[[Report], None]) -> Runner:
+        """Return a runner; the caller starts it."""
+        return Runner(instance_id, profile, report, host=self._host)
+
+    def engine(self) -> EngineBinary:
+        """Return the engine that the next instance would run; raise ``EngineMissingError`` if there is none."""
+        return self._host.find_engine()
+
+    async def close(self) -> None:
+        """Free what the runners shared; to be called when all have exited. A group that is left is killed."""
+        await self._host.prober.close()
+        await asyncio.to_thread(self._host.warden.close)
+
+
+async def _pause(printed: asyncio.Event, seconds: float) -> None:
+    """Wait *seconds*, but less if the child prints something: its last line of loading is often "I am ready"."""
+    await asyncio.sleep(SHORTEST_PAUSE_S)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds - SHORTEST_PAUSE_S):
+            await printed.wait()
+    printed.clear()
+
+
+def _other_model(profile: Profile, info: Mapping[str, Any]) -> str | None:
+    """Return the model that the server says it has, if it is not *profile*'s; None if it is, or nobody can tell."""
+    expected, actual = llama.expected_model(profile), info.get("model_path")
+    if expected is None or not isinstance(actual, str) or not actual or actual == expected:
+        return None
+    with contextlib.suppress(OSError):
+        if Path(actual).resolve() == Path(expected).resolve():
+            return None
+    return actual
+
+
+def _model_bytes(profile: Profile) -> int:
+    """Return the model's size, all shards about as large as the first; 0 if it is unknown.
+
+    One ``stat``: cheap enough for the loop.
+    """
+    path = llama.expected_model(profile)
+    if path is None:
+        return 0
+    shards = re.search(r"-00001-of-(\d{5})\.gguf$", path)
+    try:
+        return Path(path).stat().st_size * (int(shards[1]) if shards else 1)
+    except OSError:
+        return 0
