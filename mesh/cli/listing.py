@@ -1,0 +1,104 @@
+"""`llama-mesh models` and `ps`: what a node serves, and what runs right now."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from mesh.cli import node
+from mesh.cli.failure import OK
+from mesh.cli.output import duration, print_json, print_table, stdout_console
+
+#: The one kind in a budget that is a number of processes, not MiB.
+_COUNTED = "instances"
+
+
+def models(arguments: argparse.Namespace) -> int:
+    """List the models of GET /v1/models."""
+    answer = node.find(arguments).get("/v1/models")
+    if arguments.json:
+        print_json(answer)
+        return OK
+    rows = [_model_row(model) for model in answer["data"]]
+    if not rows:
+        print("This node serves no models yet: add some to its cookbook.yaml.")
+        return OK
+    print_table(["MODEL", "NODE", "DESCRIPTION"], rows)
+    return OK
+
+
+def _model_row(model: Mapping[str, Any]) -> list[str]:
+    metadata = model.get("metadata") or {}
+    described = metadata.get("profile_description") or metadata.get("model_description")
+    return [model["id"], model.get("owned_by") or "-", described or "-"]
+
+
+def ps(arguments: argparse.Namespace) -> int:
+    """Show GET /admin/instances: instances, then requests that wait, recent failures, and the memory budget."""
+    answer = node.find(arguments).get("/admin/instances")
+    if arguments.json:
+        print_json(answer)
+        return OK
+    queues: dict[str, int] = dict(answer.get("queues") or {})
+    rows = [_instance_row(instance, queues) for instance in answer["instances"]]
+    rows += [_waiting_row(key, count) for key, count in sorted(queues.items()) if count]
+    if rows:
+        columns = ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "IDLE"]
+        print_table(columns, rows, right=frozenset({"PID", "PORT", "SLOTS", "QUEUED", "IDLE"}))
+    else:
+        print("Nothing is loaded. The first request for a model loads it, 'llama-mesh prewarm MODEL' does so now.")
+    _print_failures(answer.get("failures") or {})
+    _print_budget(answer.get("budget") or {})
+    return OK
+
+
+def _instance_row(instance: Mapping[str, Any], queues: dict[str, int]) -> list[str]:
+    """Show one instance; a profile's queue is shown with its first instance and taken out of *queues*."""
+    queued = queues.pop(instance["key"], 0)
+    state = instance["state"] + (" (old)" if instance.get("stale") else "")
+    return [
+        instance.get("model_id") or instance["key"],
+        state,
+        _or_dash(instance.get("pid")),
+        _or_dash(instance.get("port")),
+        f"{instance.get('active') or 0}/{_or_dash(instance.get('slots'))}",
+        str(queued),
+        _memory(instance.get("memory") or {}),
+        "-" if instance.get("active") else duration(instance.get("last_used_s_ago")),
+    ]
+
+
+def _waiting_row(key: str, count: int) -> list[str]:
+    return [key, "waiting", "-", "-", "-", str(count), "-", "-"]
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _memory(mib: Mapping[str, int]) -> str:
+    return (
+        ", ".join(f"{kind} {amount:,} MiB" for kind, amount in sorted(mib.items()) if amount and kind != _COUNTED)
+        or "-"
+    )
+
+
+def _print_failures(failures: Mapping[str, Mapping[str, Any]]) -> None:
+    console = stdout_console()
+    for key, failure in sorted(failures.items()):
+        retry = failure.get("retry_in_s")
+        again = f"; next try in {duration(retry)}" if retry else ""
+        times = f" ({failure['count']} times)" if failure.get("count", 1) > 1 else ""
+        console.print(f"\n{key} failed{times}: {failure.get('reason')}{again}", style="red", markup=False)
+
+
+def _print_budget(budget: Mapping[str, Mapping[str, int]]) -> None:
+    limits = budget.get("capacity") or {}
+    used = budget.get("used") or {}
+    parts = [
+        f"{kind} {used.get(kind, 0):,} of {limit:,}{'' if kind == _COUNTED else ' MiB'}"
+        for kind, limit in sorted(limits.items())
+    ]
+    if parts:
+        stdout_console().print(f"\nbudget: {', '.join(parts)}", markup=False)

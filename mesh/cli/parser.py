@@ -1,0 +1,233 @@
+"""The arguments of every command, and the help that teaches them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mesh import __version__
+from mesh.cli import check, demo, instances, listing, logs, serve, version
+from mesh.cli.failure import USAGE
+
+_DESCRIPTION = "One endpoint for all the GPU boxes you own: llama-server, started, shared and stopped on demand."
+
+_OVERVIEW = """\
+getting started:
+  llama-mesh demo                     fetch a small real model and watch it answer through the mesh
+  llama-mesh                          serve with ./config.yaml and ./cookbook.yaml (both optional)
+  llama-mesh check                    validate both files; every mistake with file and line
+
+talking to a running node:
+  llama-mesh ps                       what is loaded, how busy, how much memory
+  llama-mesh prewarm qwen3            load a model now and wait until it is ready
+  llama-mesh logs -f qwen3            follow the output of its llama-server
+
+The node is found by --url, else $LLAMESH_URL, else listen_addr of the configuration; the API key by --key, else
+$LLAMESH_API_KEY, else the secrets file. Settings can be overridden by LLAMESH_ variables, `__` nests:
+  LLAMESH_MAX_VRAM_MB=24000 LLAMESH_AUTH__ENABLED=true llama-mesh serve
+
+exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C
+"""
+
+_SERVE = """\
+examples:
+  llama-mesh serve                                    ./config.yaml and ./cookbook.yaml if they exist, else defaults
+  llama-mesh --config /etc/llama-mesh/config.yaml     'serve' may be left out
+  llama-mesh serve --host 0.0.0.0 --port 9000         flags win over environment, environment over files
+
+The first Ctrl-C or SIGTERM lets running requests finish, the second one stops at once.
+The cookbook is reloaded when it changes; models whose arguments did not change stay loaded.
+"""
+
+_CHECK = """\
+examples:
+  llama-mesh check
+  llama-mesh check --cookbook new.yaml && mv new.yaml cookbook.yaml
+  llama-mesh check --json | jq '.profiles[].id'
+"""
+
+_DEMO = """\
+examples:
+  llama-mesh demo
+  llama-mesh demo --prompt "Write a haiku about llamas."
+  llama-mesh demo --keep              leave the node running, to try curl or the OpenAI client on it; Ctrl-C stops it
+
+The model (SmolLM2-135M, 93 MB, Apache-2.0) comes from PyPI and is kept in $LLAMA_MESH_CACHE, by default
+~/.cache/llama-mesh; after the first time no network is needed.
+"""
+
+_MODELS = """\
+examples:
+  llama-mesh models
+  llama-mesh models --json | jq -r '.data[].id'
+"""
+
+_PS = """\
+examples:
+  llama-mesh ps
+  watch -n1 llama-mesh ps
+  llama-mesh ps --json | jq '.instances[] | select(.state == "ready") | .pid'
+"""
+
+_PREWARM = """\
+examples:
+  llama-mesh prewarm qwen3                  load the default profile of qwen3, wait until it is ready
+  llama-mesh prewarm qwen3:fast --no-wait   only start it
+"""
+
+_UNLOAD = """\
+examples:
+  llama-mesh unload qwen3       running requests finish first, then its memory is free
+  llama-mesh unload --all
+"""
+
+_LOGS = """\
+examples:
+  llama-mesh logs qwen3         the last lines of its llama-server
+  llama-mesh logs -f qwen3      and then what it prints from now on; Ctrl-C ends
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with a suggestion for a mistyped command and a pointer to --help."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"error: {message}\nTry '{self.prog} --help'.\n")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; ``command`` in them is the function to call. Exits like argparse on --help and misuse."""
+    parser, names = build()
+    first = argv[0] if argv else ""
+    if first in ("-h", "--help", "-V", "--version"):
+        return parser.parse_args(argv)
+    if not first or first.startswith("-"):
+        argv = ["serve", *argv]
+    elif first not in names:
+        parser.error(f"there is no command '{first}'.{_did_you_mean(first, names)}")
+    return parser.parse_args(argv)
+
+
+def _did_you_mean(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=1)
+    return f" Did you mean '{close[0]}'?" if close else f" The commands are {', '.join(names)}."
+
+
+def build() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
+    """Return the parser and the names of all commands."""
+    parser = _Parser(prog="llama-mesh", description=_DESCRIPTION, epilog=_OVERVIEW)
+    parser.add_argument("-V", "--version", action="version", version=f"llama-mesh {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_check(commands)
+    _add_demo(commands)
+    _add_listing(commands)
+    _add_instances(commands)
+    _add_logs(commands)
+    _add_version(commands)
+    return parser, tuple(commands.choices)
+
+
+def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "serve", "run a node (the default command)", _SERVE)
+    _add_files(command)
+    command.add_argument("--host", metavar="ADDRESS", help="listen here instead of listen_addr's host")
+    command.add_argument("--port", type=_port, metavar="N", help="listen here instead of listen_addr's port; 0 = any")
+    command.add_argument("--log-level", choices=serve.LOG_LEVELS, help="instead of logging.level")
+    command.set_defaults(command=serve.serve)
+
+
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "check", "validate the configuration and the cookbook", _CHECK)
+    _add_files(command)
+    command.set_defaults(command=check.check)
+
+
+def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "demo", "fetch a small real model and stream its answer through a node", _DEMO)
+    command.add_argument("--prompt", default=demo.PROMPT, metavar="TEXT", help="what to ask (default: %(default)r)")
+    command.add_argument("--max-tokens", type=_positive, default=160, metavar="N", help="default: %(default)s")
+    command.add_argument("--keep", action="store_true", help="leave the node running until Ctrl-C")
+    command.set_defaults(command=demo.demo)
+
+
+def _add_listing(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "models", "list the models that a node serves", _MODELS)
+    _add_node(command)
+    command.set_defaults(command=listing.models)
+    command = _add(commands, "ps", "show the running instances of a node", _PS)
+    _add_node(command)
+    command.set_defaults(command=listing.ps)
+
+
+def _add_instances(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "prewarm", "load a model before the first request needs it", _PREWARM)
+    command.add_argument("model", metavar="MODEL", help="a name from 'llama-mesh models'")
+    command.add_argument("--no-wait", action="store_true", help="return as soon as loading has started")
+    command.add_argument("--timeout", type=_positive, default=600, metavar="S", help="give up waiting (default: 600)")
+    _add_node(command)
+    command.set_defaults(command=instances.prewarm)
+    command = _add(commands, "unload", "stop a model's instances and free their memory", _UNLOAD)
+    target = command.add_mutually_exclusive_group(required=True)
+    target.add_argument("model", nargs="?", metavar="MODEL", help="a name from 'llama-mesh models'")
+    target.add_argument("--all", action="store_true", help="everything that is loaded")
+    _add_node(command)
+    command.set_defaults(command=instances.unload)
+
+
+def _add_logs(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "logs", "show the output of a model's llama-server", _LOGS)
+    command.add_argument("model", metavar="MODEL", help="a name from 'llama-mesh models'")
+    command.add_argument("-f", "--follow", action="store_true", help="keep printing new lines")
+    _add_node(command)
+    command.set_defaults(command=logs.logs)
+
+
+def _add_version(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "version", "print the versions of llama-mesh and of the engine", "")
+    _add_files(command)
+    command.set_defaults(command=version.version)
+
+
+def _add(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, epilog: str) -> _Parser:
+    command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog)
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return command
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("files")
+    group.add_argument("--config", type=Path, metavar="FILE", help="default: ./config.yaml, if it exists")
+    group.add_argument("--cookbook", type=Path, metavar="FILE", help="default: ./cookbook.yaml, if it exists")
+    group.add_argument("--secrets", type=Path, metavar="FILE", help="default: ./secrets.yaml, if it exists")
+
+
+def _add_node(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("which node")
+    group.add_argument("--url", metavar="URL", help="default: $LLAMESH_URL, else listen_addr of the configuration")
+    group.add_argument("--key", metavar="KEY", help="default: $LLAMESH_API_KEY, else the secrets file's first key")
+    group.add_argument(
+        "--ca", type=Path, metavar="FILE", help="trust this certificate (default: the system's, and ours)"
+    )
+    group.add_argument("--config", type=Path, metavar="FILE", help="default: ./config.yaml, if it exists")
+    group.add_argument("--secrets", type=Path, metavar="FILE", help="default: ./secrets.yaml, if it exists")
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return int(text)

@@ -1,0 +1,81 @@
+"""`models` and `ps`, as people and as programs read them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from mesh.cli.main import run
+from tests.cli.fake_node import INSTANCE, FakeNode
+
+
+def _instances(**changes: Any) -> dict[str, Any]:
+    return {"node_id": "n", "draining": False, "instances": [], "queues": {}, "budget": {}, "failures": {}, **changes}
+
+
+def _lines(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line.strip()]
+
+
+def test_models_lists_ids_nodes_and_descriptions(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [
+        {"id": "qwen3", "owned_by": "gpu1", "metadata": {"profile_description": "the [fast] one"}},
+        {"id": "org/model-with-a-long-name:profile", "owned_by": "gpu2", "metadata": None},
+    ]
+    node.answers["GET /v1/models"] = (200, {"object": "list", "data": data})
+    assert run(["models"]) == 0
+    assert _lines(capsys.readouterr().out) == [
+        ["MODEL", "NODE", "DESCRIPTION"],
+        ["qwen3", "gpu1", "the", "[fast]", "one"],
+        ["org/model-with-a-long-name:profile", "gpu2", "-"],
+    ]
+    assert run(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"] == data
+
+
+def test_models_of_an_empty_node_says_what_to_do(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node.answers["GET /v1/models"] = (200, {"object": "list", "data": []})
+    assert run(["models"]) == 0
+    assert "cookbook.yaml" in capsys.readouterr().out
+
+
+def test_ps_shows_instances_queues_failures_and_budget(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    idle = {
+        **INSTANCE,
+        "key": "bge:default",
+        "model_id": "bge",
+        "active": 0,
+        "slots": None,
+        "memory": {},
+        "stale": True,
+    }
+    node.answers["GET /admin/instances"] = (
+        200,
+        _instances(
+            instances=[INSTANCE, {**INSTANCE, "pid": 4243}, idle],
+            queues={"qwen3:default": 3, "big:default": 2, "none:default": 0},
+            budget={"capacity": {"vram": 24000, "instances": 100}, "used": {"vram": 20480, "instances": 3}},
+            failures={"bad:default": {"reason": "exited with [1]", "count": 2, "retry_in_s": 8.0, "log_tail": []}},
+        ),
+    )
+    assert run(["ps"]) == 0
+    memory = ["ram", "512", "MiB,", "vram", "20,480", "MiB"]
+    assert _lines(capsys.readouterr().out) == [
+        ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "IDLE"],
+        ["qwen3", "ready", "4242", "40001", "1/4", "3", *memory, "-"],
+        ["qwen3", "ready", "4243", "40001", "1/4", "0", *memory, "-"],
+        ["bge", "ready", "(old)", "4242", "40001", "0/-", "0", "-", "1m"],
+        ["big:default", "waiting", "-", "-", "-", "2", "-", "-"],
+        ["bad:default", "failed", "(2", "times):", "exited", "with", "[1];", "next", "try", "in", "8s"],
+        ["budget:", "instances", "3", "of", "100,", "vram", "20,480", "of", "24,000", "MiB"],
+    ]
+
+
+def test_ps_of_an_idle_node_and_as_json(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node.answers["GET /admin/instances"] = (200, _instances())
+    assert run(["ps"]) == 0
+    assert "Nothing is loaded" in capsys.readouterr().out
+    assert run(["ps", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == _instances()

@@ -1,0 +1,79 @@
+"""The command line itself: llamesh's form, helpful refusals, help that teaches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mesh.cli import parser, serve
+from mesh.cli.main import run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("argv", [[], ["serve"], ["--config", "c.yaml"], ["--config=c.yaml"], ["serve", "--port", "0"]])
+def test_serve_is_the_default(argv: list[str]) -> None:
+    """llamesh's users move over by changing the command's name."""
+    assert parser.parse(argv).command is serve.serve
+
+
+def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    _, names = parser.build()
+    assert set(names) == {"serve", "check", "demo", "models", "ps", "prewarm", "unload", "logs", "version"}
+    for name in names:
+        with pytest.raises(SystemExit) as caught:
+            run([name, "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert "--json" in text
+        assert f"llama-mesh {name}" in text.split("examples:")[-1]
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    overview = capsys.readouterr().out
+    assert all(name in overview for name in names)
+    assert "exit status: 0 done, 1 failed, 2 wrong usage" in overview
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["sevre"], "Did you mean 'serve'?"),
+        (["frobnicate"], "The commands are serve"),
+        (["serve", "--prot", "1"], "--prot"),
+        (["serve", "--port", "70000"], "not a port"),
+        (["serve", "--log-level", "loud"], "debug"),
+        (["prewarm"], "MODEL"),
+        (["prewarm", "m", "--timeout", "0"], "not a positive number"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_points_to_help(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(argv)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "--help" in error
+
+
+def test_version_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("llama-mesh ")
+
+
+def test_it_is_a_module_and_a_closed_pipe_is_no_traceback() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m mesh check --json | true",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert "Traceback" not in done.stderr
