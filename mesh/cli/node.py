@@ -128,10 +128,14 @@ def _message_of(response: httpx.Response) -> str:
 
 
 def find(arguments: argparse.Namespace) -> Node:
-    """Return the node that the flags, the environment or the configuration point to, in this order."""
+    """Return the node that the flags, the environment or the configuration point to, in this order.
+
+    The configuration's own keys go to this machine only: a mistyped --url must not receive an admin key (trap 102).
+    """
     url = arguments.url or os.environ.get(URL_VARIABLE)
     key = arguments.key or os.environ.get(KEY_VARIABLE)
-    settings = None if url and key else _settings(arguments, required=not url)
+    elsewhere = url is not None and url != "" and not _is_loopback(_checked(url))
+    settings = None if elsewhere or (url and key) else _settings(arguments, required=not url)
     if not key and settings is not None and settings.auth.enabled:
         key = next(iter((*settings.auth.admin_keys, *settings.auth.allowed_keys)), None)
     if not url:

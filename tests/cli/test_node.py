@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mesh.cli.main import run
-from mesh.cli.node import local_url
+from mesh.cli.node import find, local_url
 from mesh.config.settings import ServerTls, Settings
 from tests.cli.fake_node import FakeNode
 
@@ -49,6 +50,19 @@ def test_the_key_comes_from_flag_environment_or_secrets(
     assert run(["models", "--key", "from-flag"]) == 0
     sent = [asked.authorization for asked in node.asked]
     assert sent == ["Bearer admin-file", "Bearer from-environment", "Bearer from-flag"]
+
+
+def test_the_configured_key_is_for_this_machine_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trap 102: a mistyped --url must not receive an admin key."""
+    monkeypatch.chdir(tmp_path)
+    Path("secrets.yaml").write_text("auth: {enabled: true, allowed_keys: [k], admin_keys: [admin]}\n")
+    for url, key in (
+        ("http://gpu1.example:8080", None),
+        ("http://127.0.0.1:8080", "admin"),
+        ("localhost:8080", "admin"),
+    ):
+        arguments = argparse.Namespace(url=url, key=None, config=None, secrets=None, cookbook=None, ca=None)
+        assert find(arguments).key == key
 
 
 def test_without_a_key_none_is_sent(node: FakeNode) -> None:
