@@ -82,8 +82,14 @@ def load(
 
 
 def load_catalog(path: Path, settings: Settings, version: int) -> tuple[Catalog, tuple[Diagnostic, ...]]:
-    """Return the catalog of the cookbook at *path* and its warnings; raise ``ConfigErrors`` if it cannot be used."""
+    """Return the catalog of the cookbook at *path* and its warnings; raise ``ConfigErrors`` if it cannot be used.
+
+    For a reload: a file that is suddenly blank is half of a save, or one that met a full disk, and no reason to stop
+    every model.
+    """
     catalog, errors, warnings = _read_catalog(path, settings, version)
+    if not errors and not catalog.profiles and not path.read_bytes().strip():
+        errors = [Diagnostic(str(path), None, "", "the file is empty; write 'models: []' to serve no models")]
     if errors:
         raise ConfigErrors(errors)
     warnings += [

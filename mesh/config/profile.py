@@ -46,19 +46,14 @@ class Profile:
     drain_on_disconnect: bool = False  #: True: a client that leaves does not cancel its generation (trap 11)
     download_timeout_s: float = 3600.0  #: longest download of a model by the child itself
     args_hash: str = ""  #: names the launch arguments, as in llamesh's metrics; same hash, same running instance
+    #: whether the arguments make the child an embedding server, or a reranker; read for every request
+    embeddings: bool = field(init=False)
+    rerank: bool = field(init=False)
 
-    @property
-    def embeddings(self) -> bool:
-        """Whether the arguments make the child an embedding server."""
-        return self._has_flag("--embedding", "--embeddings")
-
-    @property
-    def rerank(self) -> bool:
-        """Whether the arguments make the child a reranker."""
-        return self._has_flag("--rerank", "--reranking")
-
-    def _has_flag(self, *flags: str) -> bool:
-        return any(arg.strip().lower().split("=", 1)[0] in flags for arg in self.args)
+    def __post_init__(self) -> None:
+        flags = {arg.strip().lower().split("=", 1)[0] for arg in self.args}
+        object.__setattr__(self, "embeddings", not flags.isdisjoint({"--embedding", "--embeddings"}))
+        object.__setattr__(self, "rerank", not flags.isdisjoint({"--rerank", "--reranking"}))
 
 
 @dataclass(frozen=True, slots=True)
