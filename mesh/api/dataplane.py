@@ -1,0 +1,212 @@
+"""The data plane: every HTTP/1.1 connection of the node, inference carried here, the rest handed to the app.
+
+Theory of operation
+===================
+
+Not ASGI, because an ASGI server and an HTTP client cost 7 to 40 times what nginx does per small request, and this
+costs about 1.5 times: one ``asyncio.Protocol`` per connection, callbacks instead of tasks, and bytes that are passed on
+as they came. A few objects, each with one duty; data flows down the list and back up::
+
+    ClientConnection (client.py)      one per client connection: turns, the client's deadlines, refusals, closing
+      RequestReader                   its bytes cut into heads and bodies; sans-io (request_reader.py)
+      Exchange (exchange.py)          one per request: admission, retries, lease, accounting; ends exactly once
+        supervisor.submit             decides; calls ``admitted`` or ``refused``, perhaps at once
+        UpstreamConnection, Pool      one per connection to an instance / per endpoint (upstream.py)
+        Relay (relay.py)              one per answer: head rewritten, body verbatim, framing followed
+      AppSession (handoff.py)         one request for the Starlette app, through uvicorn's own parser
+
+- **One request at a time per connection.** The next one is looked at when the last answer was written; what comes
+  ahead is kept, and beyond 64 KiB not read.
+- **Heads are memoised.** A client repeats itself: the last head of each connection, and the last few response heads of
+  each pool, are recognised by two comparisons, their Content-Length digits left out (http1.py). The key is checked
+  for every request, known head or not.
+- **A request is read whole before it is admitted**, under a limit and a deadline: the model's name may be its last key,
+  and a request that can be sent again needs its bytes. They are let go when an answer begins.
+- **An answer is never held.** Each read from the instance is one write to the client. A client that does not keep up
+  pauses reading from its instance (``pause_writing`` and back).
+- **Deadlines without timers.** Every connection has one deadline; a sweep twice a second compares. No timer is made
+  per request, and with no connection open there is no sweep.
+- **The end comes once.** ``Exchange._end`` is the only end, and ``finished`` below the only accounting. A client that
+  leaves ends its exchange, which aborts the upstream connection in the same call: llama-server sees it at once.
+- **Never a clean end after a failure.** Before the answer's head a failure is a status; after it an event stream gets
+  an error event and stays unterminated, anything else is cut off.
+
+Nothing here decides who is served where, and nothing awaits on the path of a request: a new connection to an instance
+is the only task, one per hundred requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import secrets
+from typing import Any
+
+from mesh.api.client import ClientConnection
+from mesh.api.context import NodeContext
+from mesh.api.exchange import Exchange
+from mesh.api.handoff import AppGateway
+from mesh.api.http1 import RequestHead
+from mesh.api.request_reader import Limits
+from mesh.api.routes import Route
+from mesh.config.profile import Catalog, Profile
+from mesh.errors import MeshError
+from mesh.metrics import Metrics, ModelMetrics
+
+SWEEP_INTERVAL_S = 0.5
+_MAX_FOUND = 4096  # names in any mixture of cases lead to the same profile
+
+
+class DataPlane:
+    """What all connections of the node share. Make it on the running loop; pass ``protocol`` to the listener."""
+
+    def __init__(self, ctx: NodeContext, app: Any, *, sweep_interval_s: float = SWEEP_INTERVAL_S) -> None:
+        http = ctx.settings.http
+        self.loop = asyncio.get_running_loop()
+        self.now = self.loop.time
+        self.metrics: Metrics = ctx.metrics
+        self.admission = ctx.supervisor
+        self.authenticator = ctx.authenticator
+        self.gateway = AppGateway(app)
+        self.node_id = re.sub(r"[^!-~]", "?", ctx.node_id)  # whatever a node is called, it must not break a header
+        self.node_field = f"X-Llama-Mesh-Node: {self.node_id}\r\n".encode("ascii")
+        self.limits = Limits(http.head_limit_bytes, http.request_body_limit_bytes, ctx.authenticator.header)
+        self.head_timeout_s: float = http.head_read_timeout_ms / 1000
+        self.body_timeout_s: float = http.body_read_timeout_ms / 1000
+        self.idle_timeout_s: float = http.idle_timeout_seconds
+        self.upstream_read_timeout_s: float = ctx.settings.upstream_read_timeout_ms / 1000  #: 0 = no limit
+        #: exchanges whose client left and that go on all the same (``drain_on_disconnect``)
+        self.detached: set[Exchange] = set()
+        self.connections: set[ClientConnection] = set()
+        self.ctx = ctx
+        self._catalog: Catalog | None = None
+        self._found: dict[tuple[str | None, Route], tuple[Profile, ModelMetrics]] = {}
+        self._id_prefix = secrets.token_hex(6).encode()
+        self._ids = itertools.count(1)
+        self._sweep_interval_s = sweep_interval_s
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+
+    def protocol(self) -> ClientConnection:
+        """Return the protocol for a new connection that speaks HTTP/1.1."""
+        return ClientConnection(self)
+
+    def find(self, name: str | None, route: Route) -> tuple[Profile, ModelMetrics]:
+        """Return the profile for a requested name, able to do what *route* is for, and its counters.
+
+        Raise the caller's error otherwise. What was found is remembered until the catalog is replaced.
+        """
+        catalog = self.admission.catalog
+        if catalog is not self._catalog:
+            self._catalog = catalog
+            self._found.clear()
+        found = self._found.get((name, route))
+        if found is None:
+            profile = catalog.resolve(name)
+            route.check(profile, name or profile.id)
+            found = profile, self.metrics.model(profile.args_hash, profile.id)
+            if len(self._found) < _MAX_FOUND:
+                self._found[name, route] = found
+        return found
+
+    def next_id(self) -> bytes:
+        """Return an id for a request that brought none: unique, short and cheap."""
+        return b"%b-%x" % (self._id_prefix, next(self._ids))
+
+    # --- connections
+
+    def opened(self, connection: ClientConnection) -> None:
+        self.connections.add(connection)
+        self._all_closed.clear()
+        if self._sweep_timer is None:
+            self._sweep_timer = self.loop.call_later(self._sweep_interval_s, self._sweep)
+
+    def closed(self, connection: ClientConnection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._all_closed.set()
+
+    def _sweep(self) -> None:
+        now = self.now()
+        for connection in tuple(self.connections):
+            connection.check(now)
+        for exchange in tuple(self.detached):
+            exchange.check(now)
+        busy = self.connections or self.detached
+        self._sweep_timer = self.loop.call_later(self._sweep_interval_s, self._sweep) if busy else None
+
+    def begin_drain(self) -> None:
+        """Close idle connections now and every other one after its answer. ``ctx.draining`` is set by the app."""
+        for connection in tuple(self.connections):
+            connection.drain()
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Wait *grace_s* for the connections to end, then abort those that are left. Idempotent."""
+        self.begin_drain()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._all_closed.wait()
+        except TimeoutError:
+            for connection in tuple(self.connections):
+                connection.abort()
+            await self._all_closed.wait()
+        for exchange in tuple(self.detached):
+            exchange.cut_short()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+            self._sweep_timer = None
+
+    # --- accounting
+
+    def finished(self, exchange: Exchange, head: RequestHead, status: int, error: str | None) -> None:
+        """Account for an exchange that has just ended. Called once for each."""
+        duration_s = self.now() - exchange.since
+        metrics, model, relay = self.metrics, exchange.model_metrics, exchange.relay
+        metrics.current_requests -= 1
+        self.detached.discard(exchange)
+        ttft_s: float | None = None
+        generated = bytes_out = 0
+        if relay is not None:
+            bytes_out = relay.bytes_out
+            if exchange.route.needs_slot:
+                prompt, generated = relay.count_tokens()
+                model.tokens_prompt_total += prompt
+                model.tokens_generated_total += generated
+            if relay.first_byte_at is not None:
+                ttft_s = relay.first_byte_at - exchange.since
+        if error is not None and error != "client_disconnected":
+            metrics.errors_total += 1
+            model.errors_total += 1
+        model.observe(duration_s, ttft_s)
+        self.ctx.access_log.write(
+            request_id=exchange.request_id.decode("latin-1"),
+            client=exchange.address,
+            method=head.method_text,
+            path=head.path_text,
+            status=status,
+            duration_s=duration_s,
+            model=exchange.profile.id,
+            instance=exchange.instance_id,
+            bytes_in=exchange.bytes_in,
+            bytes_out=bytes_out,
+            queue_s=exchange.queue_s,
+            ttft_s=ttft_s,
+            tokens=generated or None,
+            error=error,
+        )
+
+    def refused(
+        self, head: RequestHead | None, address: str, request_id: bytes, since: float, error: MeshError
+    ) -> None:
+        """Note a request that never became an exchange."""
+        self.ctx.access_log.write(
+            request_id=request_id.decode("latin-1"),
+            client=address,
+            method="" if head is None else head.method_text,
+            path="" if head is None else head.path_text,
+            status=error.status,
+            duration_s=self.now() - since,
+            error=error.type,
+        )

@@ -1,0 +1,253 @@
+"""HTTP/1.1 heads: one strict grammar for requests and responses, and what is rewritten on their way through.
+
+Owns what is dropped, kept and refused. Does no I/O and holds no state. A head is accepted only if it matches RFC 9112
+without any leniency (no obs-fold, bare LF or CR, whitespace before a colon, several or malformed lengths, length and
+coding together), because whatever two parsers read differently is a way to smuggle a request. One regular expression
+over the whole head is that grammar: there are no leniency flags to get wrong, it costs 2 us, and a property test holds
+it against llhttp.
+
+A parsed head remembers the bytes before and after its Content-Length digits. A next head that has the same bytes there
+is the same head (``read_known``), which costs two comparisons instead of a parse: the same client sends the same head.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mesh.api.auth import bearer_token, credential_digests
+from mesh.api.responses import ProtocolError
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_FIELD = rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)\r\n"
+_FIELDS = rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
+_REQUEST = re.compile(rb"(?P<method>" + _TOKEN + rb") (?P<target>[\x21-\x7e]+) HTTP/1\.(?P<minor>[01])\r\n" + _FIELDS)
+_RESPONSE = re.compile(
+    rb"HTTP/1\.(?P<minor>[01]) (?P<status>[1-9][0-9]{2})(?P<reason> [\t\x20-\x7e\x80-\xff]*)?\r\n" + _FIELDS
+)
+_EACH_FIELD = re.compile(_FIELD)
+_OTHER_VERSION = re.compile(_TOKEN + rb" [\x21-\x7e]+ HTTP/[0-9]\.[0-9]\r\n")
+_ABSOLUTE_FORM = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
+_MAX_LENGTH_DIGITS = 15
+
+_HOP_BY_HOP = {
+    b"connection",
+    b"keep-alive",
+    b"proxy-connection",
+    b"proxy-authenticate",
+    b"proxy-authorization",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+    b"content-length",  # written anew: the body may have been chunked or rewritten
+}
+#: What a child must not see: the client's credentials and cookies (trap 102), and what we say ourselves.
+#: Accept-Encoding, because a compressed answer could not be counted.
+_NOT_FOR_CHILDREN = _HOP_BY_HOP | {
+    b"host",
+    b"expect",
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"cookie",
+    b"accept-encoding",
+    b"x-request-id",
+}
+_NOT_FOR_CLIENTS = _HOP_BY_HOP | {b"x-request-id"}
+_OURS = b"x-llama-mesh-"
+
+
+class _Known(Protocol):
+    @property
+    def before(self) -> bytes: ...
+    @property
+    def after(self) -> bytes: ...
+
+
+@dataclass(slots=True, eq=False)
+class RequestHead:
+    """What a request's head says. ``forward`` is what the child gets of it: request line and kept fields."""
+
+    method: bytes
+    target: bytes
+    path: bytes
+    query: bytes
+    keep_alive: bool
+    http10: bool
+    chunked: bool
+    expect: bytes | None
+    credentials: tuple[bytes, ...]  #: digests of what may be a key, for the authenticator
+    request_id: bytes | None  #: the client's, if it is fit to be logged and sent on
+    forward: bytes
+    before: bytes  #: the head up to its Content-Length digits; all of it if there are none
+    after: bytes
+    length: int  #: of the first request that had this head; later ones bring their own
+    method_text: str  #: for the log, as is path_text
+    path_text: str
+    route: Any = None  #: the data plane's note
+
+
+@dataclass(slots=True, eq=False)
+class ResponseHead:
+    """What a response's head says. ``forward`` is what the client gets: status line and kept fields, no blank line."""
+
+    status: int
+    chunked: bool
+    has_length: bool
+    closes: bool  #: the connection cannot be used again
+    event_stream: bool
+    forward: bytes
+    before: bytes
+    after: bytes
+    length: int
+
+
+def read_known(known: _Known, data: bytes, position: int = 0) -> tuple[int, int]:
+    """If *known*'s head stands at *position*, return where it ends and its Content-Length, else (0, 0)."""
+    before, after = known.before, known.after
+    if not data.startswith(before, position):
+        return 0, 0
+    start = position + len(before)
+    if not after:
+        return start, 0
+    stop = data.find(b"\r", start, start + _MAX_LENGTH_DIGITS + 1)
+    digits = data[start:stop]
+    if stop < 0 or not digits.isdigit() or not data.startswith(after, stop):
+        return 0, 0
+    return stop + len(after), int(digits)
+
+
+def parse_request(head: bytes, key_header: bytes) -> RequestHead:
+    """Parse *head*, which ends with its blank line; *key_header* is the lower-case name of the API key's header.
+
+    Raise ``ProtocolError`` with the status to answer; the connection cannot be used after that.
+    """
+    found = _REQUEST.fullmatch(head)
+    if found is None:
+        if _OTHER_VERSION.match(head) and not re.match(rb"[^\r]* HTTP/1\.[01]\r\n", head):
+            raise ProtocolError("only HTTP/1.1 is spoken here", 505)
+        raise ProtocolError("malformed HTTP request")
+    fields = _Fields(head, found.end("minor") + 2)
+    http10 = found["minor"] == b"0"
+    _check_host(fields, http10)
+    chunked = fields.chunked()
+    if chunked and http10:
+        raise ProtocolError("Transfer-Encoding is not part of HTTP/1.0")
+    length, before, after = fields.length(head, chunked)
+    target = _origin_form(found["target"])
+    path, _, query = target.partition(b"?")
+    authorization = fields.first(b"authorization")
+    request_id = fields.first(b"x-request-id")
+    kept = fields.without(_NOT_FOR_CHILDREN | {key_header})
+    return RequestHead(
+        method=found["method"],
+        target=target,
+        path=path,
+        query=query,
+        keep_alive=not http10 and b"close" not in fields.connection,
+        http10=http10,
+        chunked=chunked,
+        expect=None if http10 else fields.first(b"expect"),
+        credentials=credential_digests(
+            None if authorization is None else bearer_token(authorization), fields.first(key_header)
+        ),
+        request_id=request_id if request_id is not None and _SANE_ID.fullmatch(request_id) else None,
+        forward=b"%b %b HTTP/1.1\r\n%b" % (found["method"], target, kept),
+        before=before,
+        after=after,
+        length=length,
+        method_text=found["method"].decode("ascii"),
+        path_text=path.decode("ascii"),
+    )
+
+
+def parse_response(head: bytes) -> ResponseHead:
+    """Parse an instance's *head*, which ends with its blank line; raise ``ProtocolError`` if it is malformed."""
+    found = _RESPONSE.fullmatch(head)
+    if found is None:
+        raise ProtocolError("malformed response head")
+    status = int(found["status"])
+    start = found.end("reason") if found["reason"] is not None else found.end("status")
+    fields = _Fields(head, start + 2)
+    chunked = fields.chunked()
+    length, before, after = fields.length(head, chunked)
+    http10 = found["minor"] == b"0"
+    has_length = bool(after)
+    content_type = fields.first(b"content-type") or b""
+    event_stream = content_type.lower().startswith(b"text/event-stream")
+    kept = fields.without(_NOT_FOR_CLIENTS)
+    if event_stream and fields.first(b"x-accel-buffering") is None:
+        kept += b"X-Accel-Buffering: no\r\n"  # trap 77: a proxy in front of us must not collect events either
+    return ResponseHead(
+        status=status,
+        chunked=chunked,
+        has_length=has_length,
+        closes=http10 or b"close" in fields.connection or not (chunked or has_length or status in (204, 304)),
+        event_stream=event_stream,
+        forward=b"HTTP/1.1 %b%b\r\n%b" % (found["status"], found["reason"] or b" ", kept),
+        before=before,
+        after=after,
+        length=length,
+    )
+
+
+class _Fields:
+    """The fields of one head, in order, as they were sent."""
+
+    __slots__ = ("connection", "values")
+
+    def __init__(self, head: bytes, start: int) -> None:
+        self.values = [(m[1].lower(), m[2].rstrip(b" \t"), m[0], m.start(2)) for m in _EACH_FIELD.finditer(head, start)]
+        tokens = [t.strip().lower() for v in self.all(b"connection") for t in v.split(b",")]
+        self.connection = frozenset(tokens)
+
+    def all(self, name: bytes) -> list[bytes]:
+        return [value for n, value, _, _ in self.values if n == name]
+
+    def first(self, name: bytes) -> bytes | None:
+        return next((value for n, value, _, _ in self.values if n == name), None)
+
+    def chunked(self) -> bool:
+        """Whether the message is chunked; no other coding is understood."""
+        codings = self.all(b"transfer-encoding")
+        if not codings:
+            return False
+        if [c.lower() for c in codings] != [b"chunked"]:
+            raise ProtocolError("unsupported Transfer-Encoding", 501)
+        return True
+
+    def length(self, head: bytes, chunked: bool) -> tuple[int, bytes, bytes]:
+        """Return the Content-Length, and the head before and after its digits; 0, all and nothing without one."""
+        found = [(value, at) for n, value, _, at in self.values if n == b"content-length"]
+        if not found:
+            return 0, head, b""
+        digits, at = found[0]
+        if len(found) > 1 or chunked:
+            raise ProtocolError("the length of the body is ambiguous")
+        if not digits.isdigit() or len(digits) > _MAX_LENGTH_DIGITS:
+            raise ProtocolError("malformed Content-Length")
+        return int(digits), head[:at], head[at + len(digits) :]
+
+    def without(self, names: set[bytes]) -> bytes:
+        """Return the fields verbatim but for *names*, our own, and those the sender meant for the next hop only."""
+        dropped = names | self.connection
+        return b"".join(raw for n, _, raw, _ in self.values if n not in dropped and not n.startswith(_OURS))
+
+
+def _check_host(fields: _Fields, http10: bool) -> None:
+    hosts = len(fields.all(b"host"))
+    if hosts > 1 or (hosts == 0 and not http10):
+        raise ProtocolError("a request needs exactly one Host")
+
+
+def _origin_form(target: bytes) -> bytes:
+    """Return *target* as a path; clients may send the whole URL, as they would to a forward proxy."""
+    if target.startswith(b"/"):
+        return target
+    if (found := _ABSOLUTE_FORM.match(target)) is None:
+        raise ProtocolError("the request target is not a path")
+    rest = target[found.end() :]
+    return rest if rest.startswith(b"/") else b"/" + rest

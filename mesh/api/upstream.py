@@ -1,0 +1,228 @@
+"""Connections to instances: one protocol per connection, one pool per endpoint.
+
+A pool lives and dies with its endpoint, so a connection can never serve a port's next tenant (trap 26). llama-server
+closes what was idle for 5 s and after 100 requests; we use nothing that was idle for 4 s, honour ``Connection: close``,
+and leave the race that remains to the relay's one retry. Never decides about requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from mesh.api.http1 import ResponseHead, parse_response, read_known
+from mesh.api.responses import ProtocolError
+from mesh.engine.lease import Endpoint
+from mesh.errors import UpstreamError
+from mesh.tasks import spawn
+
+IDLE_LIMIT_S = 4.0
+_CONNECT_TIMEOUT_S = 10.0
+_MAX_IDLE = 256
+_MAX_KNOWN_HEADS = 4
+_MAX_KNOWN_HEAD_BYTES = 4096
+_MAX_HEAD_BYTES = 65536
+
+
+class Requester(Protocol):
+    """Whose answer a connection brings."""
+
+    def connected(self, connection: UpstreamConnection) -> None: ...
+    def connect_failed(self, error: UpstreamError) -> None: ...
+    @property
+    def wants_connection(self) -> bool: ...
+    def upstream_lost(self, error: Exception | None) -> None: ...
+
+
+class Sink(Protocol):
+    """What the bytes of an answer are fed to; ``feed`` changes as the answer goes on."""
+
+    @property
+    def feed(self) -> Callable[[bytes], None]: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to an instance, used by at most one request at a time."""
+
+    __slots__ = ("idle_since", "paused", "pool", "relay", "requester", "reused", "transport", "write", "writelines")
+
+    transport: asyncio.Transport
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.requester: Requester | None = None
+        self.relay: Sink | None = None
+        self.reused = False  # whether it has answered before; then the instance may just be closing it
+        self.paused = False
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
+        self.write = self.transport.write
+        self.writelines = self.transport.writelines
+        self.pool.open.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        relay = self.relay
+        if relay is not None:
+            relay.feed(data)
+        else:  # nobody asked: whatever it is, the next answer could be mistaken for it
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.pool.forget(self)
+        requester, self.requester, self.relay = self.requester, None, None
+        if requester is not None:
+            requester.upstream_lost(exc)
+
+    def pause_reading(self) -> None:
+        if not self.paused and not self.transport.is_closing():
+            self.paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self.paused:
+            self.paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close at once, whatever is still to be sent; the instance then frees the slot. Nobody is told any more."""
+        self.requester = self.relay = None
+        self.pool.forget(self)
+        self.transport.abort()
+
+
+class Pool:
+    """The open connections to one endpoint, and the response heads it is known to send."""
+
+    __slots__ = ("_heads", "_instance_fields", "_prune_timer", "endpoint", "fields", "idle", "open")
+
+    def __init__(self, endpoint: Endpoint, node_id: str) -> None:
+        self.endpoint = endpoint
+        self.open: set[UpstreamConnection] = set()
+        self.idle: list[UpstreamConnection] = []  # the most recently used one last
+        self._heads: list[ResponseHead] = []
+        self._prune_timer: asyncio.TimerHandle | None = None
+        #: what every request to this instance carries
+        self.fields = _request_fields(endpoint)
+        self._instance_fields = b"X-Llama-Mesh-Node: %s\r\nX-Llama-Mesh-Instance: %s\r\n" % (
+            node_id.encode("latin-1", "replace"),
+            endpoint.instance_id.encode("latin-1", "replace"),
+        )
+        endpoint.closers.append(self.close)
+
+    def take(self, now: float) -> UpstreamConnection | None:
+        """Return a kept connection that is fresh enough, None if there is none."""
+        while self.idle:
+            connection = self.idle.pop()
+            if now - connection.idle_since < IDLE_LIMIT_S and not connection.transport.is_closing():
+                return connection
+            connection.abort()
+        return None
+
+    def give(self, connection: UpstreamConnection, now: float) -> None:
+        """Keep *connection* for the next request, and drop those that were idle for too long."""
+        connection.requester = connection.relay = None
+        if not self.endpoint.alive or len(self.idle) >= _MAX_IDLE or connection.transport.is_closing():
+            connection.abort()
+            return
+        connection.resume_reading()
+        connection.reused = True
+        connection.idle_since = now
+        self.idle.append(connection)
+        if self._prune_timer is None:
+            self._prune_timer = asyncio.get_running_loop().call_later(IDLE_LIMIT_S, self._prune)
+
+    def _prune(self) -> None:
+        """Drop what was idle for too long; a child's thread waits on each. One timer per pool, not per connection."""
+        loop = asyncio.get_running_loop()
+        self._prune_timer = None
+        for connection in tuple(self.idle):
+            if loop.time() - connection.idle_since >= IDLE_LIMIT_S:
+                connection.abort()
+        if self.idle:
+            due = self.idle[0].idle_since + IDLE_LIMIT_S
+            self._prune_timer = loop.call_at(due, self._prune)
+
+    def connect(self, requester: Requester) -> None:
+        """Open a new connection for *requester*; if it is gone by then, the connection is kept for another."""
+        spawn(self._connect(requester), f"connect to {self.endpoint.instance_id}")
+
+    async def _connect(self, requester: Requester) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                _, connection = await loop.create_connection(
+                    lambda: UpstreamConnection(self), self.endpoint.host, self.endpoint.port
+                )
+        except OSError as error:  # TimeoutError is one
+            if requester.wants_connection:
+                reason = str(error) or "timed out"
+                requester.connect_failed(UpstreamError(f"cannot connect to the instance: {reason}"))
+            return
+        if not self.endpoint.alive or connection.transport.is_closing():
+            connection.abort()
+            if requester.wants_connection:
+                requester.connect_failed(UpstreamError("the instance closed the connection at once"))
+        elif requester.wants_connection:
+            requester.connected(connection)
+        else:
+            self.give(connection, loop.time())
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        self.open.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    def close(self) -> None:
+        """Abort every connection; those in use tell their requester. Idempotent."""
+        for connection in tuple(self.open):
+            connection.transport.abort()
+        self.idle.clear()
+        if self._prune_timer is not None:
+            self._prune_timer.cancel()
+            self._prune_timer = None
+
+    def read_head(self, data: bytes) -> tuple[ResponseHead | None, int, int]:
+        """Return the response head that *data* begins with, where it ends and its length; None if it is not whole.
+
+        Raise ``UpstreamError`` if it is not HTTP.
+        """
+        for known in self._heads:
+            end, length = read_known(known, data)
+            if end:
+                if known is not self._heads[0]:
+                    self._heads.remove(known)
+                    self._heads.insert(0, known)
+                return known, end, length
+        end = data.find(b"\r\n\r\n") + 4
+        if end > _MAX_HEAD_BYTES or (end == 3 and len(data) > _MAX_HEAD_BYTES):
+            raise UpstreamError("the instance's response head is too large")
+        if end == 3:
+            return None, 0, 0
+        try:
+            head = parse_response(data[:end])
+        except ProtocolError as error:
+            raise UpstreamError(f"the instance did not answer in HTTP: {error.message}") from error
+        head.forward += self._instance_fields
+        if end <= _MAX_KNOWN_HEAD_BYTES:
+            self._heads = [head, *self._heads[: _MAX_KNOWN_HEADS - 1]]
+        return head, end, head.length
+
+
+def pool_of(endpoint: Endpoint, node_id: str) -> Pool:
+    """Return the endpoint's pool, made on first use."""
+    if endpoint.pool is None:
+        endpoint.pool = Pool(endpoint, node_id)
+    pool: Pool = endpoint.pool
+    return pool
+
+
+def _request_fields(endpoint: Endpoint) -> bytes:
+    host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+    fields = f"Host: {host}:{endpoint.port}\r\n"
+    if endpoint.api_key is not None:  # the instance's own, never the client's (traps 102, 104)
+        fields += f"Authorization: Bearer {endpoint.api_key}\r\n"
+    return fields.encode("latin-1")

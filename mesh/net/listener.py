@@ -1,0 +1,292 @@
+"""The node's one port: accepts, looks at the first bytes of each connection, and gives it to who speaks that.
+
+Each connection is on its own from the moment it is accepted: one that says nothing, or says it byte by byte, holds up
+nobody and is closed after ``detect_timeout_s``. The bytes are peeked, never consumed, so the protocol that takes over
+sees the connection from its beginning; TLS is begun on the accepted socket itself. Knows no HTTP beyond one refusal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import select
+import socket
+from collections.abc import Callable, Sequence
+
+from mesh.core.sniff import MAX_PREFIX, NEED_MORE, Protocol, sniff
+from mesh.errors import ConfigError
+from mesh.logs import Log
+from mesh.net.tls import ServerCertificate
+from mesh.tasks import spawn
+
+_log = Log(__name__)
+
+_BACKLOG = 2048
+_ACCEPTS_PER_WAKE = 64  # then others on the loop have their turn
+_ACCEPT_PAUSE_S = 0.5  # when no file descriptor or memory is left
+#: An HTTP/2 preface is a request that HTTP/1.1 refuses in words, which is more than closing the connection says.
+_PLAIN_HTTP = {Protocol.HTTP1, Protocol.HTTP2}
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_FIRST_PEEK_S = 0.005  # between looks at a prefix that does not decide yet; doubles up to _LAST_PEEK_S
+_LAST_PEEK_S = 0.2
+
+_TLS_ONLY = b"This port speaks HTTPS only. Use https://, or set server_tls.allow_plain_http.\n"
+_TLS_ONLY_RESPONSE = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+    % (len(_TLS_ONLY), _TLS_ONLY)
+)
+
+
+class Listener:
+    """Listens on one address (all that a name stands for). ``port`` is known after ``start``."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        http: Callable[[], asyncio.Protocol],
+        *,
+        detect_timeout_s: float,
+        certificate: ServerCertificate | None = None,
+        allow_plain_http: bool = False,
+        noise: Callable[[], asyncio.Protocol] | None = None,
+    ) -> None:
+        self._host = host
+        self._wanted_port = port
+        self._http = http
+        self._noise = noise
+        self._certificate = certificate
+        self._allow_plain_http = allow_plain_http or certificate is None
+        self._detect_timeout_s = detect_timeout_s
+        self._sniffing: set[_Sniffing] = set()
+        self._starting: set[asyncio.Task[None]] = set()  # connections whose transport is being made
+        self._resume_timers: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._out_of_room = False
+        self.sockets: list[socket.socket] = []
+
+    async def start(self) -> None:
+        """Bind and accept from now on; raise ``ConfigError`` if the address cannot be used."""
+        self._loop = asyncio.get_running_loop()
+        for family, address in await self._addresses():
+            self.sockets.append(self._bind(family, address))
+        for sock in self.sockets:
+            self._loop.add_reader(sock, self._accept, sock)
+
+    async def _addresses(self) -> Sequence[tuple[int, tuple[object, ...]]]:
+        try:
+            found = await self._loop.getaddrinfo(
+                self._host, self._wanted_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            raise ConfigError(f"listen_addr: cannot resolve '{self._host}': {error.strerror or error}") from error
+        return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+    def _bind(self, family: int, address: tuple[object, ...]) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:  # [::] means every address, IPv4 too, as on most servers
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            if self.sockets and self._wanted_port == 0:  # a name with several addresses gets one port on all
+                address = (address[0], self.port, *address[2:])
+            sock.setblocking(False)
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            sock.close()
+            self.close_listening()
+            raise ConfigError(self._bind_failure(error)) from error
+        return sock
+
+    def _bind_failure(self, error: OSError) -> str:
+        where = f"listen_addr: cannot listen on {self._host} port {self._wanted_port}"
+        if error.errno == errno.EADDRINUSE:
+            return f"{where}: another process uses the port; stop it or choose another port"
+        if error.errno == errno.EACCES:
+            return f"{where}: not permitted; ports below 1024 need privileges, choose a higher one"
+        if error.errno == errno.EADDRNOTAVAIL:
+            return f"{where}: this machine has no such address"
+        return f"{where}: {error.strerror or error}"
+
+    @property
+    def port(self) -> int:
+        port: int = self.sockets[0].getsockname()[1]
+        return port
+
+    # --- accepting
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(_ACCEPTS_PER_WAKE):
+            try:
+                sock, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                self._pause(listening, error)
+                return
+            self._out_of_room = False
+            self._begin(sock)
+
+    def _pause(self, listening: socket.socket, error: OSError) -> None:
+        """Stop accepting for a moment: the socket stays readable, and asking again at once would spin."""
+        if not self._out_of_room:
+            self._out_of_room = True
+            _log.error("cannot accept connections, trying again", reason=error.strerror, fix="raise ulimit -n")
+        self._loop.remove_reader(listening)
+        self._resume_timers[listening] = self._loop.call_later(_ACCEPT_PAUSE_S, self._resume, listening)
+
+    def _resume(self, listening: socket.socket) -> None:
+        del self._resume_timers[listening]
+        self._loop.add_reader(listening, self._accept, listening)
+
+    def _begin(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sniffing = _Sniffing(sock, self._loop, self._detect_timeout_s, self._decided)
+        self._sniffing.add(sniffing)
+        sniffing.look()
+
+    # --- handing over
+
+    def _decided(self, sniffing: _Sniffing, protocol: Protocol | None) -> None:
+        """*protocol* is None if the connection said nothing that we know, in time."""
+        self._sniffing.discard(sniffing)
+        sock = sniffing.sock
+        if protocol is Protocol.TLS and self._certificate is not None:
+            self._hand_over(sock, self._http, self._certificate)
+        elif protocol in _PLAIN_HTTP and self._allow_plain_http:
+            self._hand_over(sock, self._http, None)
+        elif protocol in _PLAIN_HTTP:
+            _refuse_plain_http(sock)
+        elif protocol is Protocol.NOISE and self._noise is not None:
+            self._hand_over(sock, self._noise, None)
+        else:
+            sock.close()
+
+    def _hand_over(
+        self, sock: socket.socket, factory: Callable[[], asyncio.Protocol], certificate: ServerCertificate | None
+    ) -> None:
+        task = spawn(self._connect(sock, factory, certificate), "begin connection")
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def _connect(
+        self, sock: socket.socket, factory: Callable[[], asyncio.Protocol], certificate: ServerCertificate | None
+    ) -> None:
+        try:
+            if certificate is None:
+                await self._loop.connect_accepted_socket(factory, sock)
+            else:
+                await self._loop.connect_accepted_socket(
+                    factory, sock, ssl=certificate.context(), ssl_handshake_timeout=self._detect_timeout_s
+                )
+        except OSError as error:  # ssl.SSLError and timeouts included: the client's trouble, not ours
+            _log.debug("a connection ended in its handshake", reason=str(error))
+            sock.close()
+        except asyncio.CancelledError:
+            sock.close()
+            raise
+
+    # --- the end
+
+    def close_listening(self) -> None:
+        """Accept no more; connections that are open go on. Idempotent."""
+        for timer in self._resume_timers.values():
+            timer.cancel()
+        self._resume_timers.clear()
+        for sock in self.sockets:
+            if sock.fileno() >= 0:
+                self._loop.remove_reader(sock)
+                sock.close()
+
+    async def close(self) -> None:
+        """Accept no more, and drop connections that have not been handed over yet. Idempotent."""
+        self.close_listening()
+        for sniffing in tuple(self._sniffing):
+            sniffing.stop()
+            sniffing.sock.close()
+        self._sniffing.clear()
+        for task in tuple(self._starting):
+            task.cancel()
+        await asyncio.gather(*self._starting, return_exceptions=True)
+
+
+class _Sniffing:
+    """Peeks at one connection until its protocol is known or its time is over; then reports once."""
+
+    __slots__ = ("_deadline", "_decided", "_loop", "_peek_s", "_timer", "_watching", "sock")
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        timeout_s: float,
+        decided: Callable[[_Sniffing, Protocol | None], None],
+    ) -> None:
+        self.sock = sock
+        self._loop = loop
+        self._deadline = loop.time() + timeout_s
+        self._decided = decided
+        self._peek_s = _FIRST_PEEK_S
+        self._timer: asyncio.TimerHandle | None = None
+        self._watching = False
+
+    def look(self) -> None:
+        """Peek; the first bytes are often there already."""
+        self.stop()
+        try:
+            prefix = self.sock.recv(MAX_PREFIX, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            self._wait()
+            return
+        except OSError:
+            self._decided(self, None)
+            return
+        verdict = sniff(prefix)
+        if isinstance(verdict, Protocol):
+            self._decided(self, verdict)
+        elif verdict is NEED_MORE and prefix and self._loop.time() < self._deadline and not _ended(self.sock):
+            # The socket stays readable while these bytes are unread, so waiting for that would spin.
+            self._timer = self._loop.call_later(self._peek_s, self.look)
+            self._peek_s = min(self._peek_s * 2, _LAST_PEEK_S)
+        else:
+            self._decided(self, None)
+
+    def _wait(self) -> None:
+        if self._loop.time() >= self._deadline:
+            self._decided(self, None)
+            return
+        self._watching = True
+        self._loop.add_reader(self.sock, self.look)
+        self._timer = self._loop.call_at(self._deadline, self.look)
+
+    def stop(self) -> None:
+        if self._watching:
+            self._watching = False
+            self._loop.remove_reader(self.sock)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _ended(sock: socket.socket) -> bool:
+    """Whether the client closed its side, behind bytes that are still unread; not known everywhere."""
+    if not hasattr(select, "POLLRDHUP"):  # macOS: it keeps its descriptor until the timeout
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+def _refuse_plain_http(sock: socket.socket) -> None:
+    """Say what is wrong. What was sent is read first: closing over unread bytes would reset the answer away."""
+    with contextlib.suppress(OSError):
+        sock.recv(65536)
+        sock.send(_TLS_ONLY_RESPONSE)
+        sock.shutdown(socket.SHUT_WR)
+    sock.close()

@@ -1,0 +1,20 @@
+"""The data plane is tested on both loops: the node runs on uvloop, whose transports behave differently at the edges."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import pytest
+import uvloop
+
+_ON_BOTH_LOOPS = {"test_dataplane", "test_exchange"}
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    module = item.nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
+    if module in _ON_BOTH_LOOPS:
+        return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
