@@ -1,0 +1,156 @@
+"""What every request handler of the node may use, and what it needs of the supervisor. Holds no logic but views.
+
+The Protocols are the consumer's side of the seam to ``mesh.engine.supervisor``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mesh.config.profile import Catalog, Profile
+from mesh.core.lifecycle import State
+from mesh.core.resources import Resources
+from mesh.engine.lease import Admission
+from mesh.metrics import Gauges
+
+if TYPE_CHECKING:
+    from mesh.api.auth import Authenticator
+    from mesh.config.settings import Settings
+    from mesh.logs import AccessLog
+    from mesh.metrics import Metrics
+
+
+class InstanceView(Protocol):
+    """One instance, frozen at the moment of the question."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def state(self) -> State: ...
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def port(self) -> int | None: ...
+    @property
+    def slots(self) -> int | None: ...
+    @property
+    def active(self) -> int: ...
+    @property
+    def busy(self) -> int | bool | None: ...
+    @property
+    def ready_at_wall(self) -> float | None: ...
+    @property
+    def started_at_wall(self) -> float: ...
+    @property
+    def last_used_s_ago(self) -> float | None: ...
+    @property
+    def memory(self) -> Resources: ...
+    @property
+    def command(self) -> tuple[str, ...]: ...
+    @property
+    def stale(self) -> bool: ...
+
+
+class Budget(Protocol):
+    """Memory that may be used, and that is; a kind that the capacity does not name is not limited."""
+
+    @property
+    def capacity(self) -> Resources: ...
+    @property
+    def used(self) -> Resources: ...
+
+
+class Failure(Protocol):
+    """Why a profile's last instance did not come up or died."""
+
+    @property
+    def reason(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def retry_in_s(self) -> float | None: ...
+    @property
+    def log_tail(self) -> Sequence[str]: ...
+
+
+class LogSubscription(Protocol):
+    """A live view of one ring; ``close`` ends the iteration, ``dropped`` counts the lines it was too slow for."""
+
+    @property
+    def dropped(self) -> int: ...
+    def __aiter__(self) -> AsyncIterator[str]: ...
+    def close(self) -> None: ...
+
+
+class LogRing(Protocol):
+    """The last lines of one instance's output."""
+
+    def tail(self, count: int, /) -> list[str]: ...
+    def subscribe(self) -> LogSubscription: ...
+
+
+class Supervisor(Admission, Protocol):
+    """What the API asks of the one owner of instances, queues and the budget."""
+
+    @property
+    def catalog(self) -> Catalog: ...
+    def instances(self) -> Sequence[InstanceView]: ...
+    def queues(self) -> Mapping[str, int]: ...
+    def budget(self) -> Budget: ...
+    def failures(self) -> Mapping[str, Failure]: ...
+    async def prewarm(self, profile: Profile, *, wait: bool, deadline: float | None) -> InstanceView | None: ...
+    def unload(self, key: str | None) -> int: ...
+    def log_ring(self, key: str) -> Sequence[tuple[str, LogRing]]: ...
+
+
+def _no_version() -> str | None:
+    return None
+
+
+def _no_problem() -> str | None:
+    return None
+
+
+@dataclass(slots=True)
+class NodeContext:
+    """The node as its handlers see it. ``draining`` is set by the app at the first signal and never unset."""
+
+    settings: Settings
+    supervisor: Supervisor
+    metrics: Metrics
+    access_log: AccessLog
+    authenticator: Authenticator
+    node_id: str
+    started_at_wall: float
+    draining: bool = False
+    #: the engine's version, None if not known; must be cheap, and answered from memory (trap 98)
+    engine_version: Callable[[], str | None] = _no_version
+    #: why no instance can be started ("Binary missing"), None if one can; cheap like the version
+    engine_problem: Callable[[], str | None] = _no_problem
+
+    def gauges(self) -> Gauges:
+        """Return what is true now, for metrics; call it on the event loop's thread."""
+        instances = self.supervisor.instances()
+        active: Counter[str] = Counter()
+        for view in instances:
+            active[view.model_id] += view.active
+        ids = {profile.key: profile.id for profile in self.supervisor.catalog.profiles}
+        queued: Counter[str] = Counter()
+        for key, waiting in self.supervisor.queues().items():
+            queued[ids.get(key, key)] += waiting
+        budget = self.supervisor.budget()
+        return Gauges(
+            instances=Counter(str(view.state) for view in instances),
+            active=active,
+            queued=queued,
+            used=budget.used,
+            capacity=budget.capacity,
+            engine_version=self.engine_version(),
+        )

@@ -1,0 +1,91 @@
+"""Small reads and writes of an ASGI exchange that several handlers share: bodies, ids, waiting for the client to go."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from mesh.errors import BodyTimeoutError, BodyTooLargeError, RequestError
+from mesh.tasks import spawn
+
+T = TypeVar("T")
+
+ADMIN_BODY_LIMIT_BYTES: Final = 65536
+_SANE_ID: Final = re.compile(rb"[!-~]{1,128}")
+
+
+class UnsupportedMediaError(RequestError):
+    """The body is not declared as JSON."""
+
+    status = 415
+
+
+def header(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """Return the first value of *name* (lower-case), as ASGI servers deliver names."""
+    return next((value for key, value in headers if key == name), None)
+
+
+def sane_request_id(given: bytes | None) -> str | None:
+    """Return the client's request id if it is short, printable ASCII, so that it can go into headers and logs."""
+    return given.decode("ascii") if given is not None and _SANE_ID.fullmatch(given) else None
+
+
+async def json_object(request: Request, *, timeout_s: float | None) -> dict[str, Any]:
+    """Return the JSON object in the body of *request*, read under a limit and a timeout.
+
+    The declared type must be JSON: a browser may send any other type across origins without asking first, and without
+    auth an admin route would then be open to every web page that the operator visits.
+    """
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared != "application/json":
+        raise UnsupportedMediaError("the body must be sent as Content-Type: application/json")
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await _limited_body(request)
+    except TimeoutError as error:
+        raise BodyTimeoutError("Request body read timed out") from error
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError("Invalid JSON") from error
+    if not isinstance(value, dict):
+        raise RequestError("the body must be a JSON object")
+    return value
+
+
+async def _limited_body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > ADMIN_BODY_LIMIT_BYTES:
+            raise BodyTooLargeError(f"the body is larger than {ADMIN_BODY_LIMIT_BYTES} bytes")
+    return bytes(body)
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], name: str) -> T:
+    """Await *work*; cancel it and raise ``ClientDisconnect`` as soon as the client is gone.
+
+    Only after the whole body was read: ``receive`` then has nothing but the disconnect to tell.
+    """
+    # not mesh.tasks.spawn: a failure is raised here, so logging it as a background task's would tell it twice
+    task = asyncio.get_running_loop().create_task(work, name=name)
+    gone = spawn(_disconnected(request), f"{name}: watch client")
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
