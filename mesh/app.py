@@ -1,0 +1,257 @@
+"""The composition root: builds a node from its settings, starts it in order, and takes it down in order.
+
+Start: lock the state, logs, counters, engine and supervisor, listener, watchers. Stop, at the first SIGTERM or SIGINT:
+close the listening socket, serve what waits and runs for at most ``shutdown_grace_period_seconds``, stop all children
+in parallel, save the counters. A second signal kills the children and exits at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import IO
+
+import uvloop
+
+from mesh import __version__
+from mesh.api.auth import Authenticator
+from mesh.api.context import NodeContext
+from mesh.api.dataplane import DataPlane
+from mesh.api.server import build_app
+from mesh.config.loader import DEFAULT_COOKBOOK, Loaded, load_catalog
+from mesh.config.settings import Settings
+from mesh.config.watch import watch_cookbook
+from mesh.core.resources import RAM, VRAM, Resources
+from mesh.engine.locate import EngineBinary
+from mesh.engine.runner import Launcher
+from mesh.engine.supervisor import Limits, Supervisor
+from mesh.errors import ConfigError, EngineMissingError
+from mesh.host.memory import ram_total_mib
+from mesh.host.ports import PortAllocator
+from mesh.logs import Log, Logging, configure
+from mesh.metrics import Metrics
+from mesh.net.listener import Listener
+from mesh.net.tls import ServerCertificate
+from mesh.tasks import forever, spawn, wall_time
+
+log = Log(__name__)
+
+#: How much of the machine's main memory ``max_sysmem_mb: auto`` gives to models.
+AUTO_RAM_SHARE = 0.85
+SAVE_METRICS_EVERY_S = 10.0
+#: How long what the engine locator said is believed; health endpoints ask often.
+ENGINE_TTL_S = 1.0
+#: After the last answer: how long clients may take to read it.
+LAST_BYTES_S = 5.0
+EXIT_KILLED = 130
+
+
+def run(loaded: Loaded) -> int:
+    """Run a node until it is told to stop; return the exit status. Raise ``ConfigError`` if it cannot start."""
+    logging = configure(loaded.settings.logging)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(loaded, logging))
+    finally:
+        logging.close()
+
+
+async def _serve(loaded: Loaded, logging: Logging) -> int:
+    async with AsyncExitStack() as stack:
+        node = Node(loaded, logging)
+        stack.callback(node.unlock)
+        await node.start()
+        stop = _Signals(node.kill)
+        await stop.first.wait()
+        await node.stop()
+    return 0
+
+
+class _Signals:
+    """First SIGTERM or SIGINT: ``first`` is set. Second: *kill*, and the process ends right there."""
+
+    def __init__(self, kill: Callable[[], None]) -> None:
+        self.first = asyncio.Event()
+        self._kill = kill
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._received, number)
+
+    def _received(self, number: signal.Signals) -> None:
+        if not self.first.is_set():
+            log.info("draining; a second signal stops at once", signal=number.name)
+            self.first.set()
+            return
+        self._kill()
+        os._exit(EXIT_KILLED)
+
+
+class Node:
+    """One running node. ``start`` once, ``stop`` once."""
+
+    def __init__(self, loaded: Loaded, logging: Logging) -> None:
+        settings = loaded.settings
+        self.settings = settings
+        self._logging = logging
+        self._cookbook_path = loaded.cookbook_path or DEFAULT_COOKBOOK  # one that appears later is loaded too
+        self._metrics_path = Path(settings.metrics_path).expanduser()
+        self._lock = lock_state(self._metrics_path)
+        self.metrics = Metrics(settings.node_id, wall_time())
+        self.metrics.restore(self._metrics_path)
+        ports = settings.llama_cpp_ports.numbers() if settings.llama_cpp_ports is not None else None
+        self._launcher = Launcher(settings.llama_cpp, PortAllocator(ports))
+        self._engine = EngineStatus(self._launcher.engine)
+        self.supervisor = Supervisor(
+            catalog=loaded.catalog, launcher=self._launcher, limits=limits(settings), metrics=self.metrics
+        )
+        self.context = NodeContext(
+            settings=settings,
+            supervisor=self.supervisor,
+            metrics=self.metrics,
+            access_log=logging.access,
+            authenticator=Authenticator(settings.auth),
+            node_id=settings.node_id,
+            started_at_wall=self.metrics.started_at_wall,
+            engine_version=self._engine.version,
+            engine_problem=self._engine.problem,
+        )
+        self.metrics.gauges = self.context.gauges
+        self.plane = DataPlane(self.context, build_app(self.context))
+        self.listener = listener(settings, self.plane)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Listen and serve. Raise ``ConfigError`` if the port is taken or a certificate cannot be used."""
+        await self.listener.start()
+        self._tasks.append(spawn(forever(self._save_metrics, every_s=SAVE_METRICS_EVERY_S, name="metrics"), "metrics"))
+        self._tasks.append(spawn(watch_cookbook(self._cookbook_path, self._reload), "watch cookbook"))
+        host, _ = self.settings.listen
+        log.info("node started", node=self.settings.node_id, version=__version__, host=host, port=self.listener.port,
+                 models=len(self.supervisor.catalog.profiles), engine=self._engine.version(),
+                 engine_problem=self._engine.problem())  # fmt: skip
+
+    async def stop(self) -> None:
+        """Drain, then stop everything; see the module docstring."""
+        self.context.draining = True
+        self.listener.close_listening()
+        for task in self._tasks:
+            task.cancel()
+        self.plane.begin_drain()
+        await self.supervisor.close(self.settings.shutdown_grace_period_seconds)
+        await self.listener.close()
+        await self.plane.close(LAST_BYTES_S)
+        await self._launcher.close()
+        await self._save_metrics()
+        log.info("node stopped", node=self.settings.node_id)
+
+    def kill(self) -> None:
+        """Kill the children and write out the logs; the caller ends the process."""
+        self.supervisor.kill_all()
+        self._logging.flush(0.5)
+
+    def unlock(self) -> None:
+        self._lock.close()
+
+    async def _save_metrics(self) -> None:
+        await self.metrics.save(self._metrics_path)
+
+    async def _reload(self) -> None:
+        """Swap the catalog if the cookbook is valid as a whole; else keep the old one and say why, once."""
+        version = self.supervisor.catalog.version + 1
+        try:
+            catalog, warnings = await asyncio.to_thread(load_catalog, self._cookbook_path, self.settings, version)
+        except ConfigError as error:
+            log.error("cookbook_reload_failed; the old cookbook stays in force", errors=str(error).splitlines())
+            return
+        for warning in warnings:
+            log.warning("cookbook", warning=str(warning))
+        self.supervisor.apply_catalog(catalog)
+        log.info("cookbook reloaded", version=version, models=len(catalog.profiles))
+
+
+def listener(settings: Settings, plane: DataPlane) -> Listener:
+    """Return the node's listener; raise ``ConfigError`` if a certificate cannot be used."""
+    tls, (host, port) = settings.server_tls, settings.listen
+    certificate = None
+    if tls.enabled:
+        assert tls.cert_path is not None, "the loader requires both paths"
+        assert tls.key_path is not None, "the loader requires both paths"
+        certificate = ServerCertificate(tls.cert_path, tls.key_path)
+    return Listener(
+        host,
+        port,
+        plane.protocol,
+        detect_timeout_s=settings.http.protocol_detect_timeout_ms / 1000,
+        certificate=certificate,
+        allow_plain_http=tls.allow_plain_http,
+    )
+
+
+class EngineStatus:
+    """Answers "which engine" and "is there one" from memory, looking again at most once a second."""
+
+    def __init__(self, find: Callable[[], EngineBinary]) -> None:
+        self._find = find
+        self._looked_at = float("-inf")
+        self._version: str | None = None
+        self._problem: str | None = None
+
+    def version(self) -> str | None:
+        self._look()
+        return self._version
+
+    def problem(self) -> str | None:
+        """Return why no instance can be started, or None. The short words are llamesh's."""
+        self._look()
+        return self._problem
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at < ENGINE_TTL_S:
+            return
+        self._looked_at = now
+        try:
+            self._version, self._problem = self._find().version, None
+        except EngineMissingError:
+            self._version, self._problem = None, "Binary missing"
+
+
+def limits(settings: Settings) -> Limits:
+    """Return the node's limits; ``auto`` main memory is a share of what the machine (or its cgroup) has."""
+    capacity: dict[str, int] = {}
+    if settings.max_sysmem_mb is not None:
+        auto = settings.max_sysmem_mb == "auto"
+        capacity[RAM] = int(ram_total_mib() * AUTO_RAM_SHARE) if auto else int(settings.max_sysmem_mb)
+    if settings.max_vram_mb == "auto":
+        log.warning(
+            "max_vram_mb: auto needs GPU telemetry, which this version does not have; GPU memory is not limited"
+        )
+    elif settings.max_vram_mb is not None:
+        capacity[VRAM] = int(settings.max_vram_mb)
+    return Limits(Resources(capacity), settings.max_instances_per_node, settings.max_total_queue_entries)
+
+
+def lock_state(metrics_path: Path) -> IO[str]:
+    """Return the lock that keeps a second node off the same state (trap 28); raise ``ConfigError`` if it is taken.
+
+    The lock is the kernel's, so it is gone with the process however that ends; the file itself stays.
+    """
+    path = metrics_path.with_name(metrics_path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ConfigError(f"metrics_path: cannot write in {path.parent}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(
+            f"another llama-mesh node uses {metrics_path} already; stop it, or give this one its own metrics_path"
+        ) from error
+    return file
