@@ -71,7 +71,7 @@ class BodyTooLargeError(RequestError):
 
 
 class BodyTimeoutError(RequestError):
-    """The request body did not arrive within ``http.body_read_timeout_ms``."""
+    """Nothing more of the request body arrived for ``http.body_read_timeout_ms``."""
 
     status = 408
     type = "request_timeout"

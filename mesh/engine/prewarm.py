@@ -11,7 +11,9 @@ from mesh.errors import MeshError
 
 
 @dataclass(slots=True)
-class _Prewarm:
+class Prewarm:
+    """Waits for an instance, but has nothing to be served: a node that stops need not wait for it."""
+
     ready: asyncio.Future[str]
 
     def admitted(self, lease: Lease) -> None:
@@ -31,7 +33,7 @@ async def prewarm(admission: Admission, profile: Profile, *, wait: bool, deadlin
     is known at once is raised without *wait* too.
     """
     loop = asyncio.get_running_loop()
-    waiter = _Prewarm(loop.create_future())
+    waiter = Prewarm(loop.create_future())
     ticket = admission.submit(profile, waiter, since=loop.time(), deadline=deadline, needs_slot=False)
     if not wait and not waiter.ready.done():
         waiter.ready.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody asks: it is in the log

@@ -15,6 +15,8 @@ import httpx
 from mesh.engine.lease import Endpoint
 
 TIMEOUT_S: Final = 2.0
+#: "More than there are": llama-server looks at /slots between two batches, and a batch may take half a minute.
+TOO_BUSY_TO_SAY: Final = 1 << 30
 
 
 class Prober:
@@ -39,8 +41,13 @@ class Prober:
         return found if isinstance(found, dict) else {}
 
     async def busy_slots(self, endpoint: Endpoint) -> int | None:
-        """Return how many slots compute, by GET /slots; None if the server does not tell (in time)."""
-        slots = await self._json(endpoint, "/slots")
+        """Return how many slots compute, by GET /slots; ``TOO_BUSY_TO_SAY``, or None if the server does not tell."""
+        try:
+            slots = _decoded(await self._ask(endpoint, "/slots"))
+        except httpx.ReadTimeout:
+            return TOO_BUSY_TO_SAY
+        except (httpx.HTTPError, OSError):
+            return None
         if not isinstance(slots, list):
             return None
         return sum(1 for slot in slots if isinstance(slot, dict) and slot.get("is_processing"))
@@ -51,17 +58,23 @@ class Prober:
 
     async def _json(self, endpoint: Endpoint, path: str) -> Any:
         response = await self._get(endpoint, path)
-        if response is None or response.status_code != 200:
-            return None
-        try:
-            return response.json()
-        except ValueError:
-            return None
+        return None if response is None else _decoded(response)
 
     async def _get(self, endpoint: Endpoint, path: str) -> httpx.Response | None:
-        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
-        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         try:
-            return await self._client.get(f"http://{host}:{endpoint.port}{path}", headers=headers)
+            return await self._ask(endpoint, path)
         except (httpx.HTTPError, OSError):
             return None
+
+    async def _ask(self, endpoint: Endpoint, path: str) -> httpx.Response:
+        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+        return await self._client.get(f"http://{host}:{endpoint.port}{path}", headers=headers)
+
+
+def _decoded(response: httpx.Response) -> Any:
+    """Return the JSON of a good answer, None for any other."""
+    try:
+        return response.json() if response.status_code == 200 else None
+    except ValueError:
+        return None

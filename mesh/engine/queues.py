@@ -99,6 +99,10 @@ class Queues:
         self.total -= len(places)
         return places
 
+    def places(self) -> list[Place]:
+        """Return every place; a copy."""
+        return [place for line in self._lines.values() for place in line]
+
     @property
     def keys(self) -> list[str]:
         """The profiles that somebody waits for; a copy."""

@@ -138,7 +138,8 @@ class Runner:
         self._stop(signal.SIGKILL)
 
     async def busy_slots(self) -> int | None:
-        """Return how many slots the child computes on; None if it does not tell."""
+        """Return how many slots the child computes on, more than there are if it is too busy to say; None if it never
+        says."""
         if self._process is None or self._process.returncode is not None:
             return None
         return await self._host.prober.busy_slots(self.endpoint)

@@ -39,7 +39,7 @@ from mesh.engine.instances import (
     launch_identity,
 )
 from mesh.engine.lease import Ticket, Waiter
-from mesh.engine.prewarm import prewarm
+from mesh.engine.prewarm import Prewarm, prewarm
 from mesh.engine.queues import Place, Queues
 from mesh.engine.runner import Exited, Healthy, Report, Stalled
 from mesh.errors import DrainingError, MeshError
@@ -424,7 +424,14 @@ class Supervisor:
 
     def begin_drain(self) -> None:
         """Take no new requests; what waits and what runs is still served."""
-        self._post(partial(setattr, self, "_closing", True))
+        self._post(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._closing = True
+        for place in self._queues.places():
+            if isinstance(place.waiter, Prewarm):  # else a load that nobody waits for would use up the grace (trap 16)
+                self._queues.remove(place)
+                self._refuse(place, DrainingError("Node is draining for shutdown"))
 
     async def close(self, grace_s: float) -> None:
         """Serve what is there for at most *grace_s* seconds, then refuse the rest and stop all children in parallel."""

@@ -106,6 +106,7 @@ async def test_a_hung_child_costs_one_timeout(
     child.hangs = True
     assert not await asyncio.wait_for(prober.healthy(endpoint), 5)
     await asyncio.wait_for(child.left.wait(), 5)
+    assert await prober.busy_slots(endpoint) == probe.TOO_BUSY_TO_SAY, "it computes, so its slots are not free: trap 9"
     await prober.close()
 
 

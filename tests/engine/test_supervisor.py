@@ -594,6 +594,19 @@ async def test_closing_does_not_outlast_its_grace() -> None:
     stuck.done()
 
 
+async def test_closing_does_not_wait_for_a_load_that_nobody_asked_to_be_served_from() -> None:
+    """Trap 16: a prewarm, waited for or not, is refused; the loading child is stopped at once."""
+    w = World(A)
+    assert await w.sup.prewarm(A, wait=False) is None
+    waiting = asyncio.get_running_loop().create_task(w.sup.prewarm(A))
+    await asyncio.sleep(0)
+    start = asyncio.get_running_loop().time()
+    await w.sup.close(grace_s=30)
+    assert asyncio.get_running_loop().time() - start == pytest.approx(0.1, abs=0.05)
+    with pytest.raises(DrainingError):
+        await waiting
+
+
 async def test_a_waiter_that_leaves_in_the_middle_of_its_admission_costs_nothing() -> None:
     """Trap 1: counts are right whatever the waiter does when it is told."""
     w = World(A)
