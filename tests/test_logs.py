@@ -185,9 +185,14 @@ def test_a_reader_that_stopped_reading_blocks_nobody() -> None:
     read_end, write_end = os.pipe()
     writer = LineWriter([FdSink(write_end)])
     access = AccessLog(writer)
-    for _ in range(60_000):
-        access.write(request_id="r" * 100, client="c", method="GET", path="/", status=200, duration_s=0)
-    assert not writer.flush(0.01)
+
+    def write_many() -> None:
+        for _ in range(110_000):
+            access.write(request_id="r" * 100, client="c", method="GET", path="/", status=200, duration_s=0)
+
+    write_many()
+    assert not writer.flush(0.3)
+    write_many()  # by now the writer is stuck, so nobody makes room
     assert writer.dropped > 0
     os.close(read_end)  # the writer's blocked write fails, and it goes on
     assert writer.flush(5)

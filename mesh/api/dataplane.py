@@ -65,6 +65,7 @@ class DataPlane:
         http = ctx.settings.http
         self.loop = asyncio.get_running_loop()
         self.now = self.loop.time
+        self._note = ctx.access_log.write
         self.metrics: Metrics = ctx.metrics
         self.admission = ctx.supervisor
         self.authenticator = ctx.authenticator
@@ -162,10 +163,11 @@ class DataPlane:
 
     def finished(self, exchange: Exchange, head: RequestHead, status: int, error: str | None) -> None:
         """Account for an exchange that has just ended. Called once for each."""
-        duration_s = self.now() - exchange.since
-        metrics, model, relay = self.metrics, exchange.model_metrics, exchange.relay
+        since, metrics, model, relay = exchange.since, self.metrics, exchange.model_metrics, exchange.relay
+        duration_s = self.now() - since
         metrics.current_requests -= 1
-        self.detached.discard(exchange)
+        if self.detached:
+            self.detached.discard(exchange)
         ttft_s: float | None = None
         generated = bytes_out = 0
         if relay is not None:
@@ -175,33 +177,33 @@ class DataPlane:
                 model.tokens_prompt_total += prompt
                 model.tokens_generated_total += generated
             if relay.first_byte_at is not None:
-                ttft_s = relay.first_byte_at - exchange.since
+                ttft_s = relay.first_byte_at - since
         if error is not None and error != "client_disconnected":
             metrics.errors_total += 1
             model.errors_total += 1
         model.observe(duration_s, ttft_s)
-        self.ctx.access_log.write(
-            request_id=exchange.request_id.decode("latin-1"),
-            client=exchange.address,
-            method=head.method_text,
-            path=head.path_text,
-            status=status,
-            duration_s=duration_s,
-            model=exchange.profile.id,
-            instance=exchange.instance_id,
-            bytes_in=exchange.bytes_in,
-            bytes_out=bytes_out,
-            queue_s=exchange.queue_s,
-            ttft_s=ttft_s,
-            tokens=generated or None,
-            error=error,
+        self._note(
+            exchange.request_id.decode("latin-1"),
+            exchange.address,
+            head.method_text,
+            head.path_text,
+            status,
+            duration_s,
+            exchange.profile.id,
+            exchange.instance_id,
+            exchange.bytes_in,
+            bytes_out,
+            exchange.queue_s,
+            ttft_s,
+            generated or None,
+            error,
         )
 
     def refused(
         self, head: RequestHead | None, address: str, request_id: bytes, since: float, error: MeshError
     ) -> None:
         """Note a request that never became an exchange."""
-        self.ctx.access_log.write(
+        self._note(
             request_id=request_id.decode("latin-1"),
             client=address,
             method="" if head is None else head.method_text,

@@ -15,7 +15,10 @@ from mesh.api.http1 import ResponseHead, parse_response, read_known
 from mesh.api.responses import ProtocolError
 from mesh.engine.lease import Endpoint
 from mesh.errors import UpstreamError
+from mesh.logs import Log
 from mesh.tasks import spawn
+
+_log = Log(__name__)
 
 IDLE_LIMIT_S = 4.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -148,7 +151,16 @@ class Pool:
 
     def connect(self, requester: Requester) -> None:
         """Open a new connection for *requester*; if it is gone by then, the connection is kept for another."""
-        spawn(self._connect(requester), f"connect to {self.endpoint.instance_id}")
+        spawn(self._connect_surely(requester), f"connect to {self.endpoint.instance_id}")
+
+    async def _connect_surely(self, requester: Requester) -> None:
+        """Whatever goes wrong, even a bug: the request must hear of it, or it would wait for ever."""
+        try:
+            await self._connect(requester)
+        except Exception:
+            _log.exception("connecting failed unexpectedly", instance=self.endpoint.instance_id)
+            if requester.wants_connection:
+                requester.connect_failed(UpstreamError("cannot connect to the instance"))
 
     async def _connect(self, requester: Requester) -> None:
         loop = asyncio.get_running_loop()

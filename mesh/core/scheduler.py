@@ -163,11 +163,6 @@ def next_wakeup(world: Snapshot) -> float | None:
     return min((m for m in moments if m > world.now), default=None)
 
 
-def has_place(instance: InstanceView) -> bool:
-    """Whether one more request that takes a slot may be sent to *instance* (it must be READY and not held)."""
-    return instance.slots == 0 or instance.busy < instance.slots
-
-
 @dataclass(slots=True)
 class _Draft:
     """The plan in the making: decisions so far, and what they do to memory. (One idea; a split would hide it.)"""

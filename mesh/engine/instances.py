@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Instance:
     started_at: float
     state: State = State.SPAWNING
     reported_slots: int | None = None
+    limit: float = 1  #: ``slots``, with infinity for "unlimited"; looked at for every request
     leases: set[ActiveLease] = field(default_factory=set)
     busy: int = 0  #: slots taken: by leases, and by abandoned requests that the child still computes
     abandoned: int = 0  #: of those, the ones whose client is gone
@@ -83,15 +85,18 @@ class Instance:
     story: deque[str] = field(default_factory=lambda: deque(maxlen=20))
     timer: asyncio.TimerHandle | None = None
 
+    def adopt(self, profile: Profile) -> None:
+        """Take over a profile whose launch is the same, or the slots that the child reported: limits apply live."""
+        self.profile = profile
+        self.footprint = footprint(profile)
+        self.limit = self.slots or math.inf
+
     @property
     def slots(self) -> int:
         """Requests at once; 0 = unlimited."""
         if self.profile.max_concurrent is not None:
             return self.profile.max_concurrent
         return self.reported_slots or 1
-
-    def has_place(self) -> bool:
-        return not (limit := self.slots) or self.busy < limit
 
     def view(self) -> InstanceView:
         """Return what the scheduler sees. Abandoned requests take a slot, but nobody waits for them: not active."""

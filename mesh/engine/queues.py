@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from mesh.core.scheduler import Demand
 from mesh.engine.lease import Waiter
@@ -37,6 +38,15 @@ class Place:
             self.on_cancel(self)
 
 
+class _Admitted:
+    """The ticket of a request that did not have to queue: there is nothing to give up."""
+
+    def cancel(self) -> None: ...
+
+
+ADMITTED = _Admitted()
+
+
 @dataclass(slots=True)
 class Line:
     """The waiting requests of one profile: those that take a slot and those that do not, each in order of arrival."""
@@ -50,7 +60,7 @@ class Line:
     def add(self, place: Place) -> None:
         """Queue *place* by its arrival. One that is sent again after a crash is older than those behind it."""
         line = self.of(place)
-        younger = [p for p in reversed(line) if p.since > place.since] if line else []
+        younger = list(takewhile(lambda p: p.since > place.since, reversed(line)))
         line[place] = None
         for p in reversed(younger):
             line.move_to_end(p)
@@ -67,25 +77,22 @@ class Queues:
     """All lines. Holds only open places; an empty line does not exist."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, Line] = {}
+        self.lines: dict[str, Line] = {}  #: by profile key; read only, elsewhere
         self.total = 0
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._lines
-
     def add(self, place: Place) -> None:
-        self._lines.setdefault(place.key, Line()).add(place)
+        self.lines.setdefault(place.key, Line()).add(place)
         self.total += 1
 
     def remove(self, place: Place) -> None:
-        line = self._lines.get(place.key)
+        line = self.lines.get(place.key)
         if line is not None and place in line.of(place):
             del line.of(place)[place]
             self._shrunk(place.key, line)
 
     def pop(self, key: str, *, needs_slot: bool) -> Place | None:
         """Take the oldest place of its kind, or return None."""
-        line = self._lines.get(key)
+        line = self.lines.get(key)
         if line is None or not (kind := line.slotted if needs_slot else line.free):
             return None
         place, _ = kind.popitem(last=False)
@@ -94,31 +101,35 @@ class Queues:
 
     def pop_all(self, key: str) -> list[Place]:
         """Take every place of *key*."""
-        line = self._lines.pop(key, None)
+        line = self.lines.pop(key, None)
         places = list(line) if line is not None else []
         self.total -= len(places)
         return places
 
     def places(self) -> list[Place]:
         """Return every place; a copy."""
-        return [place for line in self._lines.values() for place in line]
+        return [place for line in self.lines.values() for place in line]
 
     @property
     def keys(self) -> list[str]:
         """The profiles that somebody waits for; a copy."""
-        return list(self._lines)
+        return list(self.lines)
+
+    def slotted(self, key: str) -> int:
+        """Return how many requests that need a slot wait for *key*."""
+        return len(self.lines[key].slotted) if key in self.lines else 0
 
     def length(self, key: str) -> int:
-        return len(self._lines[key]) if key in self._lines else 0
+        return len(self.lines[key]) if key in self.lines else 0
 
     def demands(self) -> list[Demand]:
         """Return what the scheduler sees of the queues."""
         return [
             Demand(key, min(next(iter(k)).since for k in (n.slotted, n.free) if k), len(n.slotted), len(n.free))
-            for key, n in self._lines.items()
+            for key, n in self.lines.items()
         ]
 
     def _shrunk(self, key: str, line: Line) -> None:
         self.total -= 1
         if not line:
-            del self._lines[key]
+            del self.lines[key]

@@ -5,8 +5,9 @@ picture now calls for, and carries it out. Nothing here awaits, so within one ev
 no lock. Slow work (starting, stopping, probing) is done by a ``Runner`` or a task whose result comes back as the next
 event, carrying the instance it was started for; if that instance is gone, the result is dropped.
 
-Two shortcuts keep the plan off the hot path, both proven equal to it by tests: a request for which a place is free and
-nobody waits is admitted at once, and one that ends while nobody waits anywhere just gives its place back.
+Shortcuts keep the plan off the hot path; tests prove each equal to it: a request for which a place is free and nobody
+waits is admitted at once; one that joins others of its profile just queues; one that ends hands its place to the next
+of its profile, or just gives it back if nobody waits anywhere.
 
 (Longer than our usual file: it is one state machine, and its parts only make sense together.)
 """
@@ -40,7 +41,7 @@ from mesh.engine.instances import (
 )
 from mesh.engine.lease import Ticket, Waiter
 from mesh.engine.prewarm import Prewarm, prewarm
-from mesh.engine.queues import Place, Queues
+from mesh.engine.queues import ADMITTED, Place, Queues
 from mesh.engine.runner import Exited, Healthy, Report, Stalled
 from mesh.errors import DrainingError, MeshError
 from mesh.host.logring import LogRing
@@ -96,20 +97,24 @@ class Supervisor:
         self, profile: Profile, waiter: Waiter, *, since: float, deadline: float | None, needs_slot: bool = True
     ) -> Ticket:
         """See ``mesh.engine.lease.Admission``."""
-        place = Place(profile.key, waiter, since, needs_slot, self._cancelled, deadline)
-        if not self._settling and (instance := self._open_instance(profile.key, needs_slot)) is not None:
-            self._grant(instance, place)
+        key = profile.key
+        if not self._settling and (instance := self._open_instance(key, needs_slot)) is not None:
+            self._grant(instance, waiter, needs_slot)
+            return ADMITTED
+        place = Place(key, waiter, since, needs_slot, self._cancelled, deadline)
+        if needs_slot and not self._settling and self._queues.slotted(key):
+            self._enqueue(place)  # others wait for the same already: one more of them changes no decision
         else:
             self._post(partial(self._enqueue, place))
         return place
 
     def _open_instance(self, key: str, needs_slot: bool) -> Instance | None:
         """Return the instance that the plan would choose for a request that need not queue, if there is one."""
-        if key in self._queues or self._closing:
+        if self._closing or key in self._queues.lines:
             return None
         best = None
         for i in self._ready.get(key, ()):
-            usable = i.id not in self._held and (not needs_slot or i.has_place())
+            usable = i.id not in self._held and (not needs_slot or i.busy < i.limit)
             if usable and (best is None or (i.busy, i.id) < (best.busy, best.id)):
                 best = i
         return best
@@ -139,15 +144,15 @@ class Supervisor:
             return refusals.node_queue_full(self.limits.max_total_queue)
         return None
 
-    def _grant(self, instance: Instance, place: Place) -> None:
+    def _grant(self, instance: Instance, waiter: Waiter, needs_slot: bool) -> None:
         """Count first, then tell: the count must be right whatever the waiter does next."""
-        place.close()
-        lease = ActiveLease(instance.runner.endpoint, instance, place.needs_slot, self._loop.time(), self._ended)
+        lease = ActiveLease(instance.runner.endpoint, instance, needs_slot, self._loop.time(), self._ended)
         instance.leases.add(lease)
-        instance.busy += place.needs_slot
+        if needs_slot:
+            instance.busy += 1
         instance.fresh = False
         try:
-            place.waiter.admitted(lease)
+            waiter.admitted(lease)
         except Exception:
             log.exception("a waiter failed on admission", instance=instance.id)
             lease.release()
@@ -171,13 +176,34 @@ class Supervisor:
 
     def _ended(self, lease: ActiveLease, abandoned: bool) -> None:
         instance = lease.instance
-        quiet = not (self._settling or self._queues.total or self._closing)
-        if quiet and not abandoned and instance.state is State.READY:
+        if self._settling or self._closing or abandoned or instance.state is not State.READY:
+            self._post(partial(self._give_back, lease, abandoned))
+        elif not self._queues.total:
             self._give_back(lease, abandoned)
             if not instance.leases and (timeout_s := instance.profile.idle_timeout_s):
                 self._alarm.at(instance.idle_since + timeout_s)
-        else:
+        elif not self._hand_over(lease, instance):
             self._post(partial(self._give_back, lease, abandoned))
+
+    def _hand_over(self, lease: ActiveLease, instance: Instance) -> bool:
+        """Give the place of a request that ended to the next one of its profile, if the plan would do just that."""
+        key, queues = instance.profile.key, self._queues
+        if not lease.needs_slot or instance.id in self._held or instance.busy > instance.limit:
+            return False
+        if queues.slotted(key) < (1 if len(queues.lines) == 1 else 2):
+            return False  # nobody there, or the last one: others may be waiting for this profile's demand to end
+        place = queues.pop(key, needs_slot=True)
+        assert place is not None
+        self._settling = True  # what the waiter does at once is an event like any other
+        try:
+            self._give_back(lease, abandoned=False)
+            if place.close():
+                self._grant(instance, place.waiter, needs_slot=True)
+        finally:
+            self._settling = False
+        if self._inbox:
+            self._post(self._inbox.popleft())
+        return True
 
     def _give_back(self, lease: ActiveLease, abandoned: bool) -> None:
         instance = lease.instance
@@ -267,8 +293,8 @@ class Supervisor:
         for needs_slot, number in ((True, decision.slotted), (False, decision.free)):
             for _ in range(number):
                 place = self._queues.pop(decision.key, needs_slot=needs_slot)
-                if place is not None:
-                    self._grant(instance, place)
+                if place is not None and place.close():
+                    self._grant(instance, place.waiter, needs_slot)
 
     def _refusal(self, decision: Refuse) -> MeshError:
         profile = self.catalog.names.get(decision.key)
@@ -310,6 +336,7 @@ class Supervisor:
         match report:
             case Healthy():
                 instance.reported_slots = report.slots
+                instance.adopt(instance.profile)
                 self._step(instance, Event.HEALTHY)
             case Stalled():
                 if instance.state is State.SPAWNING:
@@ -403,8 +430,7 @@ class Supervisor:
             if new is None or not new.max_instances or launch_identity(new) != launch_identity(instance.profile):
                 instance.stale = True
             elif not instance.stale:
-                instance.profile = new
-                instance.footprint = footprint(new)
+                instance.adopt(new)
         for key in {i.profile.key for i in self._instances.values()}:
             self._index(key)
 

@@ -75,7 +75,10 @@ class Log:
         self._logger.log(level, "%s", message, exc_info=exc_info, extra={"fields": fields}, stacklevel=3)
 
 
-class AccessFields(msgspec.Struct, omit_defaults=True):
+_now = datetime.now
+
+
+class AccessFields(msgspec.Struct, omit_defaults=True, gc=False):
     """One request. Absent fields are left out of the line."""
 
     message: str = ""
@@ -95,7 +98,7 @@ class AccessFields(msgspec.Struct, omit_defaults=True):
     error: str | None = None
 
 
-class AccessRecord(msgspec.Struct):
+class AccessRecord(msgspec.Struct, gc=False):
     timestamp: datetime
     fields: AccessFields
     level: str = "INFO"
@@ -116,7 +119,6 @@ class AccessLog:
 
     def write(
         self,
-        *,
         request_id: str,
         client: str,
         method: str,
@@ -133,7 +135,8 @@ class AccessLog:
         error: str | None = None,
     ) -> None:
         """Note one finished request. A query string is cut off *path*: it may hold a key."""
-        if self._writer is None:
+        writer = self._writer
+        if writer is None:
             return
         if "?" in path:
             path = path[: path.index("?")]
@@ -144,21 +147,17 @@ class AccessLog:
             method,
             path,
             status,
-            _ms(duration_s),
+            int(duration_s * 1e6) / 1e3,
             model,
             instance,
             bytes_in,
             bytes_out,
-            None if queue_s is None else _ms(queue_s),
-            None if ttft_s is None else _ms(ttft_s),
+            None if queue_s is None else int(queue_s * 1e6) / 1e3,
+            None if ttft_s is None else int(ttft_s * 1e6) / 1e3,
             tokens,
             error,
         )
-        self._writer.append(AccessRecord(datetime.now(UTC), fields))
-
-
-def _ms(seconds: float) -> float:
-    return int(seconds * 1e6) / 1e3
+        writer.append(AccessRecord(_now(UTC), fields))
 
 
 class Logging:

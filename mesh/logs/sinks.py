@@ -36,7 +36,7 @@ class FdSink:
 
     def write(self, data: bytes) -> None:
         try:
-            _write_all(self._fd, data)
+            _write_all(self._fd, b"\n" + data if self._broken else data)  # the last line may be there in part
             self._broken = False
         except OSError as error:  # the reader is gone, or stdout is a file on a full disk
             if not self._broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -41,7 +42,6 @@ class ModelMetrics:
     """Counters of one model name under one set of arguments. Callers keep the object and bump its ints."""
 
     __slots__ = (
-        "_next",
         "_recent_s",
         "errors_total",
         "latency",
@@ -58,19 +58,16 @@ class ModelMetrics:
         self.tokens_prompt_total = 0
         self.latency = Histogram(LATENCY_BOUNDS_S)
         self.ttft = Histogram(TTFT_BOUNDS_S)
-        self._recent_s: list[float] = []
-        self._next = 0  # where the next sample goes once the ring is full
+        self._recent_s: deque[float] = deque(maxlen=_RECENT)
 
     def observe(self, latency_s: float, ttft_s: float | None = None) -> None:
         """Count one finished request; call it once per request (trap 95)."""
-        self.latency.observe(latency_s)
+        latency = self.latency
+        latency.counts[bisect_left(LATENCY_BOUNDS_S, latency_s)] += 1
+        latency.sum += latency_s
         if ttft_s is not None:
             self.ttft.observe(ttft_s)
-        if len(self._recent_s) < _RECENT:
-            self._recent_s.append(latency_s)
-        else:
-            self._recent_s[self._next] = latency_s
-            self._next = (self._next + 1) % _RECENT
+        self._recent_s.append(latency_s)
 
     def recent_s(self) -> list[float]:
         """The latencies of the last 100 requests, in no particular order."""

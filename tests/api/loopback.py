@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from mesh.api.dataplane import DataPlane
 from mesh.config.profile import Catalog, Profile
 from mesh.config.settings import Settings
 from mesh.engine.lease import Endpoint
+from mesh.logs import AccessLog
 from mesh.metrics import Metrics
 from tests.fakes import FakeAdmission, ScriptedUpstream
 
@@ -41,8 +43,9 @@ class RecordedAccess:
 
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def write(self, **fields: Any) -> None:
-        self.lines.append(fields)
+    def write(self, *values: Any, **fields: Any) -> None:
+        bound = inspect.signature(AccessLog.write).bind(self, *values, **fields)
+        self.lines.append({name: value for name, value in bound.arguments.items() if name != "self"})
 
 
 async def _echo(request: Request) -> PlainTextResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from starlette.applications import Starlette
@@ -39,8 +40,9 @@ class RecordingAccessLog(AccessLog):
         super().__init__()
         self.lines: list[dict[str, Any]] = []
 
-    def write(self, **fields: Any) -> None:
-        self.lines.append(fields)
+    def write(self, *values: Any, **fields: Any) -> None:
+        bound = inspect.signature(AccessLog.write).bind(self, *values, **fields)
+        self.lines.append({name: value for name, value in bound.arguments.items() if name != "self"})
 
 
 class Node:

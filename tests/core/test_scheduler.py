@@ -27,7 +27,6 @@ from mesh.core.scheduler import (
     Refuse,
     Snapshot,
     Spawn,
-    has_place,
     next_wakeup,
     plan,
 )
@@ -167,6 +166,37 @@ def test_a_pulse_of_alternating_requests_swaps_once() -> None:
 
 @given(worlds())
 @settings(deadline=None, max_examples=300)
+def test_the_shortcut_for_joining_a_queue_is_what_the_plan_decides(w: Snapshot) -> None:
+    """``Supervisor.submit``: one more of those who wait already changes nothing."""
+    settled = apply(w, plan(w))
+    for d in settled.demands:
+        if d.slotted:
+            others = [x for x in settled.demands if x is not d]
+            joined = replace(settled, demands=[*others, replace(d, slotted=d.slotted + 1)])
+            assert plan(joined) == plan(settled)
+
+
+@given(worlds())
+@settings(deadline=None, max_examples=500)
+def test_the_shortcut_for_handing_a_place_over_is_what_the_plan_decides(w: Snapshot) -> None:
+    """``Supervisor._hand_over``: the next of the profile takes the place of the one that ended, and nothing else."""
+    settled = apply(w, plan(w))
+    before = plan(settled)
+    for d in settled.demands:
+        for i in settled.instances:
+            mine = i.key == d.key and i.state is State.READY and i.busy and i.active and i.id not in before.held
+            room = not i.slots or i.busy <= i.slots
+            if not (mine and room and d.slotted >= (1 if len(settled.demands) == 1 else 2)):
+                continue
+            ended = replace(i, busy=i.busy - 1, active=i.active - 1)
+            world = replace(settled, instances=[ended if x is i else x for x in settled.instances])
+            assert plan(world).decisions == (Admit(i.id, d.key, 1, 0),)
+            handed = plan(apply(world, plan(world)))
+            assert (handed.decisions, handed.held) == ((), before.held)
+
+
+@given(worlds())
+@settings(deadline=None, max_examples=300)
 def test_the_shortcut_for_a_free_place_is_what_the_plan_decides(w: Snapshot) -> None:
     """``Supervisor._open_instance``: nobody waits for the profile, a READY instance that is not held has a place."""
     settled = apply(w, plan(w))
@@ -175,8 +205,15 @@ def test_the_shortcut_for_a_free_place_is_what_the_plan_decides(w: Snapshot) -> 
         usable = [
             i
             for i in settled.instances
-            if i.key == key and i.state is State.READY and not i.stale and i.id not in held and has_place(i)
+            if i.key == key
+            and i.state is State.READY
+            and not i.stale
+            and i.id not in held
+            and (not i.slots or i.busy < i.slots)
         ]
+        r = settled.recipes[key]
+        if r.failing or not r.max_instances or not r.footprint.fits(settled.capacity, Resources()):
+            continue  # wanted and not replaceable: the plan would lift a hold, the shortcut leaves that to the next one
         if usable:
             best = min(usable, key=lambda i: (i.busy, i.id))
             arrived = replace(settled, demands=[*settled.demands, Demand(key, settled.now, slotted=1)])
