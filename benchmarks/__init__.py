@@ -1,0 +1,1 @@
+"""Benchmarks of the node against nginx and against no proxy at all. Not part of the distribution."""
