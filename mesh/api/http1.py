@@ -13,20 +13,20 @@ is the same head (``read_known``), which costs two comparisons instead of a pars
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from mesh.api.auth import bearer_token, credential_digests
 from mesh.api.responses import ProtocolError
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELD = rb"(" + _TOKEN + rb"):[ \t]*([\t\x20-\x7e\x80-\xff]*)\r\n"
 _FIELDS = rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
 _REQUEST = re.compile(rb"(?P<method>" + _TOKEN + rb") (?P<target>[\x21-\x7e]+) HTTP/1\.(?P<minor>[01])\r\n" + _FIELDS)
 _RESPONSE = re.compile(
     rb"HTTP/1\.(?P<minor>[01]) (?P<status>[1-9][0-9]{2})(?P<reason> [\t\x20-\x7e\x80-\xff]*)?\r\n" + _FIELDS
 )
-_EACH_FIELD = re.compile(_FIELD)
 _OTHER_VERSION = re.compile(_TOKEN + rb" [\x21-\x7e]+ HTTP/[0-9]\.[0-9]\r\n")
 _ABSOLUTE_FORM = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
@@ -141,7 +141,7 @@ def parse_request(head: bytes, key_header: bytes) -> RequestHead:
     path, _, query = target.partition(b"?")
     authorization = fields.first(b"authorization")
     request_id = fields.first(b"x-request-id")
-    kept = fields.without(_NOT_FOR_CHILDREN | {key_header})
+    kept = fields.without(_not_for_children(key_header))
     return RequestHead(
         method=found["method"],
         target=target,
@@ -194,21 +194,37 @@ def parse_response(head: bytes) -> ResponseHead:
     )
 
 
-class _Fields:
-    """The fields of one head, in order, as they were sent."""
+@cache
+def _not_for_children(key_header: bytes) -> Set[bytes]:
+    return frozenset(_NOT_FOR_CHILDREN | {key_header})
 
-    __slots__ = ("connection", "values")
+
+class _Fields:
+    """The fields of one head that matched the grammar, in order, as they were sent."""
+
+    __slots__ = ("_lines", "_names", "_values", "connection")
 
     def __init__(self, head: bytes, start: int) -> None:
-        self.values = [(m[1].lower(), m[2].rstrip(b" \t"), m[0], m.start(2)) for m in _EACH_FIELD.finditer(head, start)]
+        self._lines = head[start:-4].split(b"\r\n") if start < len(head) - 2 else []
+        self._names: list[bytes] = []
+        self._values: dict[bytes, list[bytes]] = {}
+        for line in self._lines:
+            name, _, value = line.partition(b":")
+            name = name.lower()
+            self._names.append(name)
+            if name in self._values:
+                self._values[name].append(value)
+            else:
+                self._values[name] = [value]
         tokens = [t.strip().lower() for v in self.all(b"connection") for t in v.split(b",")]
         self.connection = frozenset(tokens)
 
     def all(self, name: bytes) -> list[bytes]:
-        return [value for n, value, _, _ in self.values if n == name]
+        return [value.strip(b" \t") for value in self._values.get(name, ())]
 
     def first(self, name: bytes) -> bytes | None:
-        return next((value for n, value, _, _ in self.values if n == name), None)
+        values = self._values.get(name)
+        return None if values is None else values[0].strip(b" \t")
 
     def chunked(self) -> bool:
         """Whether the message is chunked; no other coding is understood."""
@@ -221,20 +237,27 @@ class _Fields:
 
     def length(self, head: bytes, chunked: bool) -> tuple[int, bytes, bytes]:
         """Return the Content-Length, and the head before and after its digits; 0, all and nothing without one."""
-        found = [(value, at) for n, value, _, at in self.values if n == b"content-length"]
+        found = self.all(b"content-length")
         if not found:
             return 0, head, b""
-        digits, at = found[0]
+        digits = found[0]
         if len(found) > 1 or chunked:
             raise ProtocolError("the length of the body is ambiguous")
         if not digits.isdigit() or len(digits) > _MAX_LENGTH_DIGITS:
             raise ProtocolError("malformed Content-Length")
+        line = self._lines[self._names.index(b"content-length")]
+        at = head.index(b"\r\n" + line + b"\r\n") + 2 + line.index(digits)
         return int(digits), head[:at], head[at + len(digits) :]
 
-    def without(self, names: set[bytes]) -> bytes:
+    def without(self, names: Set[bytes]) -> bytes:
         """Return the fields verbatim but for *names*, our own, and those the sender meant for the next hop only."""
-        dropped = names | self.connection
-        return b"".join(raw for n, _, raw, _ in self.values if n not in dropped and not n.startswith(_OURS))
+        dropped = names if self.connection <= names else names | self.connection
+        kept = [
+            line
+            for line, name in zip(self._lines, self._names, strict=True)
+            if name not in dropped and not name.startswith(_OURS)
+        ]
+        return b"\r\n".join([*kept, b""])
 
 
 def _check_host(fields: _Fields, http10: bool) -> None:
