@@ -350,8 +350,6 @@ class Connection:
         limit = (
             request.get("max_tokens") or request.get("max_completion_tokens") or request.get("n_predict") or len(say)
         )
-        if faults.prefill_s and self.gone(faults.prefill_s):
-            raise OSError("client left during prefill")
         for n in range(limit if request.get("ignore_eos") else min(limit, len(say))):
             if n == faults.crash_mid_stream:
                 self.server.crash()
@@ -363,7 +361,9 @@ class Connection:
             yield n, (" " if n else "") + say[n % len(say)]
 
     def _generate(self, dialect: str, request: Message) -> None:
-        if not request.get("stream"):
+        if self.server.faults.prefill_s and self.gone(self.server.faults.prefill_s):
+            raise OSError("client left during prefill")
+        if not request.get("stream"):  # a streamed answer, too, has no head before its first token
             words = [word for _, word in self._tokens(request)]
             text = "".join(words).ljust(self.server.faults.reply_bytes)
             return self.json(whole(dialect, self.server.alias, text, len(words)))

@@ -25,7 +25,7 @@ class FakeLease:
     def release(self) -> None:
         self.ended.append("release")
 
-    def abandon(self) -> None:
+    def abandon(self, *, streaming: bool = False) -> None:
         self.ended.append("abandon")
 
 

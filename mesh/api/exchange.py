@@ -362,7 +362,8 @@ class Exchange:
         lease, self._lease = self._lease, None
         if lease is not None:
             if upstream is not None:  # we cut the child off
-                lease.abandon()
+                response = None if self.relay is None else self.relay.response
+                lease.abandon(streaming=response is not None and response.event_stream)
             else:
                 lease.release()
 

@@ -9,32 +9,38 @@ from mesh.core.lifecycle import State
 from mesh.engine.instances import Instance
 from mesh.tasks import spawn
 
-#: Seconds between looks at the child. llama-server notices that the client of a non-streaming request left only if a
-#: whole second passes without a result of any task, and a look is a task: after the first, looks stay more than a
-#: second apart.
-WATCH_DELAYS_S = (0.2, 1.5, 1.5, 2.0)
+#: Seconds between looks at the child. While nothing flows to a client (it reads the prompt, or the answer is not
+#: streamed), llama-server notices that the client left only if a whole second passes without a result of any task. A
+#: look is a task: an early one costs a whole batch of the prompt (measured: 1.2 s became 2.3 s).
+WATCH_DELAYS_S = (1.2, 1.5, 1.5, 2.0)
+#: The first look after a stream broke off, which the child notices at its next token.
+STREAM_DELAY_S = 0.2
 #: If the child cannot be asked (no /slots), an abandoned request counts this long.
 BLIND_S = 2.0
 #: A request younger than this may not have reached a slot yet when the child is asked.
 SETTLED_S = 0.5
 
 
-def abandon(instance: Instance, post: Callable[[Callable[[], None]], None]) -> None:
-    """Count one more abandoned request; the child is asked from now on, and each answer goes through *post*."""
+def abandon(instance: Instance, post: Callable[[Callable[[], None]], None], *, soon: bool = False) -> None:
+    """Count one more abandoned request; the child is asked from now on, and each answer goes through *post*.
+
+    *soon* says that it should stop at once.
+    """
     instance.abandoned += 1
     if not instance.watching:
         instance.watching = True
-        spawn(_watch(instance, post), f"watch abandoned requests of {instance.id}")
+        delays_s = (STREAM_DELAY_S, *WATCH_DELAYS_S[1:]) if soon else WATCH_DELAYS_S
+        spawn(_watch(instance, post, delays_s), f"watch abandoned requests of {instance.id}")
 
 
-async def _watch(instance: Instance, post: Callable[[Callable[[], None]], None]) -> None:
+async def _watch(instance: Instance, post: Callable[[Callable[[], None]], None], delays_s: tuple[float, ...]) -> None:
     loop, looks = asyncio.get_running_loop(), 0
     while instance.abandoned and instance.state in (State.READY, State.DRAINING):
-        await asyncio.sleep(WATCH_DELAYS_S[min(looks, len(WATCH_DELAYS_S) - 1)])
+        await asyncio.sleep(delays_s[min(looks, len(delays_s) - 1)])
         looks, asked_at = looks + 1, loop.time()
         busy = await instance.runner.busy_slots()
         if busy is None:
-            await asyncio.sleep(BLIND_S)
+            await asyncio.sleep(BLIND_S - delays_s[0])
         post(_Seen(instance, busy or 0, asked_at))
     instance.watching = False
 

@@ -48,15 +48,17 @@ class ActiveLease:
     granted_at: float
     on_end: Callable[[ActiveLease, bool], None]
     open: bool = True
+    streaming: bool = False  #: when it was abandoned
 
     def release(self) -> None:
         if self.open:
             self.open = False
             self.on_end(self, False)
 
-    def abandon(self) -> None:
+    def abandon(self, *, streaming: bool = False) -> None:
         if self.open:
             self.open = False
+            self.streaming = streaming
             self.on_end(self, True)
 
 

@@ -41,10 +41,11 @@ class Lease(Protocol):
     def release(self) -> None:
         """The answer is complete (or the child is known to have dropped the request): its slot is free. Idempotent."""
 
-    def abandon(self) -> None:
+    def abandon(self, *, streaming: bool = False) -> None:
         """The client left before the end: the upstream connection was closed, but the child may still be computing.
 
-        The slot stays counted until the child is seen to have stopped (trap 9). Idempotent, and exclusive with release.
+        The slot stays counted until the child is seen to have stopped (trap 9). *streaming* says that its answer was
+        flowing, so that it notices within a token. Idempotent, and exclusive with release.
         """
 
 

@@ -212,7 +212,7 @@ class Supervisor:
             instance.idle_since = self._loop.time()
         if lease.needs_slot:
             if abandoned and instance.state in (State.READY, State.DRAINING):
-                abandon(instance, self._post)
+                abandon(instance, self._post, soon=lease.streaming)
             else:
                 instance.busy -= 1
         if not instance.leases and instance.state is State.DRAINING:

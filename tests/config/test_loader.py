@@ -201,6 +201,11 @@ def test_reloading_gives_the_next_version_or_raises(files: Files) -> None:
     path.write_text(COOKBOOK + COOKBOOK)
     with pytest.raises(ConfigErrors, match=r"cookbook\.yaml:2: models: the key occurs twice"):
         load_catalog(path, Settings(), 4)
+    path.write_text("\n")  # half of a save, or one that met a full disk
+    with pytest.raises(ConfigErrors, match="is empty"):
+        load_catalog(path, Settings(), 4)
+    path.write_text("models: []")
+    assert load_catalog(path, Settings(), 4)[0].profiles == ()
     path.unlink()
     with pytest.raises(ConfigErrors, match="does not exist"):
         load_catalog(path, Settings(), 4)

@@ -452,6 +452,22 @@ async def test_an_abandoned_request_holds_its_slot_until_the_child_stopped() -> 
     assert w.sup.instances()[0].busy == 1
 
 
+@pytest.mark.parametrize(("streaming", "freed_after_s"), [(True, 0.2), (False, 1.2)])
+async def test_a_child_is_not_asked_before_it_can_know(streaming: bool, freed_after_s: float) -> None:
+    """Trap 8: a look before a quiet second is over keeps llama-server from noticing; a broken stream it notices."""
+    w = World(A)
+    client = w.ask(A)
+    w.launcher[0].healthy(slots=1)
+    w.launcher[0].slots_busy = 0
+    assert client.lease is not None
+    client.lease.abandon(streaming=streaming)
+    nxt = w.ask(A)
+    await asyncio.sleep(freed_after_s - 0.05)
+    assert nxt.waits
+    await asyncio.sleep(0.1)
+    assert nxt.lease is not None
+
+
 async def test_an_abandoned_request_of_a_child_that_cannot_be_asked_ends_by_itself() -> None:
     w = World(A)
     client = w.ask(A)
