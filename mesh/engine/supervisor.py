@@ -87,6 +87,7 @@ class Supervisor:
         self._inbox: deque[Callable[[], None]] = deque()
         self._settling = False
         self._closing = False
+        self._closing_since = float("inf")
         self._idle = asyncio.Event()  #: set when, while closing, no request waits or runs
         self._empty = asyncio.Event()  #: set when, while closing, no process is left
         self._serial = count(1)
@@ -131,7 +132,9 @@ class Supervisor:
 
     def _no_room_to_wait(self, place: Place) -> MeshError | None:
         """Return why *place* may not queue, or None. One that would be admitted at once always may."""
-        if self._closing:
+        if (
+            self._closing and place.since >= self._closing_since
+        ):  # one that is sent again after a crash was let in before
             return DrainingError("Node is draining for shutdown")
         profile = self.catalog.names.get(place.key)
         if profile is None or self._open_instance(place.key, place.needs_slot) is not None:
@@ -454,6 +457,7 @@ class Supervisor:
 
     def _begin_drain(self) -> None:
         self._closing = True
+        self._closing_since = min(self._closing_since, self._loop.time())
         for place in self._queues.places():
             if isinstance(place.waiter, Prewarm):  # else a load that nobody waits for would use up the grace (trap 16)
                 self._queues.remove(place)

@@ -195,14 +195,21 @@ class Listener:
     # --- the end
 
     def close_listening(self) -> None:
-        """Accept no more; connections that are open go on. Idempotent."""
+        """Accept no more; connections that are open go on. Idempotent.
+
+        What the kernel accepted already is taken first: closing the socket would reset it, and it deserves an answer.
+        """
+        open_sockets = [sock for sock in self.sockets if sock.fileno() >= 0]
+        for sock in open_sockets:
+            if sock not in self._resume_timers:
+                with contextlib.suppress(OSError):
+                    self._accept(sock)
         for timer in self._resume_timers.values():
             timer.cancel()
         self._resume_timers.clear()
-        for sock in self.sockets:
-            if sock.fileno() >= 0:
-                self._loop.remove_reader(sock)
-                sock.close()
+        for sock in open_sockets:
+            self._loop.remove_reader(sock)
+            sock.close()
 
     async def close(self) -> None:
         """Accept no more, and drop connections that have not been handed over yet. Idempotent."""

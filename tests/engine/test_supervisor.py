@@ -599,6 +599,22 @@ async def test_closing_serves_what_is_there_refuses_the_new_and_stops_all_at_onc
     assert all(r.signals == ["term"] for r in w.launcher.started)
 
 
+async def test_a_request_let_in_before_the_drain_is_sent_again_after_a_crash() -> None:
+    w = World(A)
+    running = w.ask(A)
+    w.launcher[0].healthy(slots=1)
+    await asyncio.sleep(1)
+    closing = asyncio.get_running_loop().create_task(w.sup.close(grace_s=30))
+    await asyncio.sleep(1)
+    again = w.ask(A, since=0.0)
+    w.launcher[0].exit(-9, "killed")
+    running.done()
+    w.launcher[1].healthy(slots=1)
+    assert again.lease is not None
+    again.done()
+    await closing
+
+
 async def test_closing_does_not_outlast_its_grace() -> None:
     w = World(A)
     stuck, queued = w.ask(A), w.ask(A)

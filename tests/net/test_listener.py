@@ -267,3 +267,14 @@ async def test_closing_leaves_nothing_behind() -> None:
             assert await silent.read() == b""
         writer.write(b"more")
         assert await reader.readexactly(4) == b"more"
+
+
+async def test_a_connection_that_the_kernel_accepted_before_the_close_gets_its_answer() -> None:
+    """Closing the listening socket would reset what still waits in its backlog."""
+    async with listening() as listener:
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=5) as client:
+            client.sendall(REQUEST)
+            listener.close_listening()  # the loop has not had a turn since the client connected
+            client.setblocking(False)
+            answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1000), 5)
+            assert answer == REQUEST
