@@ -10,6 +10,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -200,27 +201,31 @@ def test_a_reader_that_stopped_reading_blocks_nobody() -> None:
     os.close(write_end)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Writes past 4 KiB of a file fail, as on a full disk."""
+    """Writes past 4 KiB of a file fail, as on a full disk.
+
+    Inside a test only: pytest's own report may go to a file too, and a fixture would be in force while it is written.
+    """
     old_action = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, old_action)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old_action)
 
 
-def test_a_full_disk_is_told_once_and_stops_nothing(
-    tmp_path: Path, full_disk: None, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_is_told_once_and_stops_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Bad input list: a full disk for logs. Lines after it are whole again."""
     sink = FileSink(tmp_path / "proxy.log", max_keep_files=7, compress=True)
     line = b'{"n":"%s"}\n' % (b"x" * 1000)
-    for _ in range(10):
+    with full_disk():
+        for _ in range(10):
+            sink.write(line)
+        (tmp_path / "proxy.log").write_bytes((tmp_path / "proxy.log").read_bytes()[:1100])  # somebody makes room
         sink.write(line)
-    (tmp_path / "proxy.log").write_bytes((tmp_path / "proxy.log").read_bytes()[:1100])  # somebody makes room
-    sink.write(line)
     sink.close()
     err = capfd.readouterr().err
     assert err.count("cannot write the log file") == 1
