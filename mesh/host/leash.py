@@ -23,8 +23,11 @@ def main(parent_pid: int, argv: list[str]) -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the line above
         return CANNOT_EXECUTE
-    for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):  # and exec would pass that on
-        signal.signal(ignored_by_python, signal.SIG_DFL)
+    for (
+        number
+    ) in signal.valid_signals():  # exec passes on what Python, or a shell that made us a background job, ignores
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(argv[0], argv)
     except OSError as error:

@@ -177,26 +177,29 @@ def test_readyz_says_draining_to_who_can_still_ask(tmp_path: Path) -> None:
         node.assert_nothing_left()
 
 
-def test_requests_that_arrive_while_draining_get_503(tmp_path: Path) -> None:
-    """A new inference request on an open connection is refused with the reason, not dropped."""
+def test_requests_on_open_connections_while_draining(tmp_path: Path) -> None:
+    """One that began before the signal is served; one that begins after it is refused with the reason, not dropped."""
     with doomed(fake_node(tmp_path, {"m": fake_profile("-np 1", tokens_per_s=20, say="a " * 40)})) as node:
         node.prewarm("m")
 
-        async def scenario() -> tuple[int, bytes]:
-            async with client(node) as streaming, client(node) as asking:
+        async def scenario() -> tuple[tuple[int, bytes], tuple[int, bytes]]:
+            async with client(node) as streaming, client(node) as begun, client(node) as late:
                 streaming.send(chat("m", stream=True))
                 await streaming.head()
-                asking.send(chat("m")[:-5])  # its head was accepted before the signal, its body is not whole
+                begun.send(chat("m")[:-5])  # its head is whole, its body is not
+                late.send(chat("m")[:20])  # not even its head is
                 await asyncio.sleep(0.2)
                 node.process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.3)
-                asking.send(chat("m")[-5:])
-                answer = await asyncio.wait_for(asking.answer(), 5)
+                begun.send(chat("m")[-5:])
+                late.send(chat("m")[20:])
+                refused = await asyncio.wait_for(late.answer(), 5)
                 await streaming.rest()
-                return answer
+                return await asyncio.wait_for(begun.answer(), 15), refused
 
-        status, body = asyncio.run(scenario())
-        assert (status, json.loads(body)["error"]["type"]) == (503, "draining"), body
+        served, refused = asyncio.run(scenario())
+        assert served[0] == 200, served[1]
+        assert (refused[0], json.loads(refused[1])["error"]["type"]) == (503, "draining"), refused[1]
         assert node.process.wait(15) == 0
         node.assert_nothing_left()
 
