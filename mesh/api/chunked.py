@@ -18,6 +18,11 @@ _MAX_TRAILER_BYTES = 16384
 _MAX_PADDING_BYTES = 65536
 
 
+# By its length, what a read begins with if it is exactly one chunk, as nearly every read of an event stream is: nothing
+# needs to be parsed then.
+_ONE_CHUNK = {len(line := b"%x\r\n" % size) + size + 2: line for size in range(1, 2048)}
+
+
 class ChunkError(ValueError):
     """The bytes are not chunked coding."""
 
@@ -55,12 +60,21 @@ class ChunkedDecoder:
         Raise ``ChunkError`` if it is malformed; what was well-formed before has gone to *sink*.
         """
         end = len(data)
+        if (
+            self._next is _SIZE
+            and not (pos or self._line)
+            and (line := _ONE_CHUNK.get(end)) is not None
+            and data.startswith(line)
+            and data.endswith(b"\r\n")
+        ):
+            sink(data[len(line) : -2])
+            return end
         while pos < end and self._next is not _END:
             if self._next is _PAYLOAD:
                 pos = self._payload(data, pos, sink)
                 continue
             if self._next is _SIZE and not self._line:
-                # The usual case: size, payload and CRLF came in one read.
+                # The usual case: size, payload and CRLF came in one read, perhaps among others.
                 found = _SIZE_LINE.match(data, pos)
                 if found is not None and (size := int(found[1], 16)):
                     start = found.end()

@@ -7,6 +7,7 @@ knows instances.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from mesh.api.body import requested_model, without_stream
@@ -70,7 +71,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
-        self.write = self._transport.write
+        self.write = partial(self._plane.outbox.write, self._transport)
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) else ""
         self._deadline = self._plane.now() + self._plane.head_timeout_s
@@ -183,6 +184,7 @@ class ClientConnection(asyncio.Protocol):
 
     def take(self, raw_head: bytes, head: RequestHead, length: int) -> AppSession:
         """Let the app answer; this stays the transport's protocol and passes on the bytes of this request only."""
+        self._plane.outbox.flush()  # the app writes to the transport itself
         app = self._plane.gateway.open(self._transport, head, length, self._plane.limits.body_bytes)
         self._app = app
         app.start(raw_head, self._app_responded, self._plane.ctx.draining)
@@ -200,18 +202,18 @@ class ClientConnection(asyncio.Protocol):
     def _app_done(self) -> None:
         self._app = None
         if not self._closing:
-            self.answered(not self._transport.is_closing())
+            self.answered(not self._transport.is_closing(), self._plane.now())
 
     # --- what the exchange tells
 
-    def answered(self, keep_alive: bool) -> None:
+    def answered(self, keep_alive: bool, now: float) -> None:
         """The answer was written; go on with the next request."""
         self._exchange = None
         if not keep_alive or self._plane.ctx.draining:
             self._close()
             return
         self._since = 0.0
-        self._deadline = self._plane.now() + self._plane.idle_timeout_s
+        self._deadline = now + self._plane.idle_timeout_s
         self._reader.next()
         if self._reading_paused:
             self._reading_paused = False
@@ -224,7 +226,7 @@ class ClientConnection(asyncio.Protocol):
         head = self._reader.head
         keep_alive = head is not None and head.keep_alive and not self._plane.ctx.draining
         self._write_error(error, keep_alive)
-        self.answered(keep_alive)
+        self.answered(keep_alive, self._plane.now())
 
     def cut_off(self, last_words: bytes) -> None:
         """End an answer that is not complete, so that the client can tell."""
@@ -234,6 +236,7 @@ class ClientConnection(asyncio.Protocol):
             self._close()  # the framing is left open: not a clean end, yet the words arrive
         else:
             self._closing = True
+            self._plane.outbox.flush()
             self._transport.abort()
 
     # --- the end
@@ -252,6 +255,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         """Close once the client stops sending: closing over unread bytes would reset the answer away."""
+        self._plane.outbox.flush()
         self._reader.stop()
         self._deadline = self._plane.now() + _LINGER_S
         if self._transport.can_write_eof() and not self._transport.is_closing():
@@ -262,6 +266,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing = True
         self._reader.stop()
         self._deadline = self._plane.now() + self._plane.idle_timeout_s
+        self._plane.outbox.flush()
         self._transport.close()
 
     # --- what the plane asks

@@ -4,7 +4,7 @@ Theory of operation
 ===================
 
 Not ASGI, because an ASGI server and an HTTP client cost 7 to 40 times what nginx does per small request, and this
-costs about 1.5 times: one ``asyncio.Protocol`` per connection, callbacks instead of tasks, and bytes that are passed on
+costs about 1.7 times: one ``asyncio.Protocol`` per connection, callbacks instead of tasks, and bytes that are passed on
 as they came. A few objects, each with one duty; data flows down the list and back up::
 
     ClientConnection (client.py)      one per client connection: turns, the client's deadlines, refusals, closing
@@ -12,7 +12,7 @@ as they came. A few objects, each with one duty; data flows down the list and ba
       Exchange (exchange.py)          one per request: admission, retries, lease, accounting; ends exactly once
         supervisor.submit             decides; calls ``admitted`` or ``refused``, perhaps at once
         UpstreamConnection, Pool      one per connection to an instance / per endpoint (upstream.py)
-        Relay (relay.py)              one per answer: head rewritten, body verbatim, framing followed
+        Relay (relay.py)              its answer: head rewritten, body verbatim, framing followed
       AppSession (handoff.py)         one request for the Starlette app, through uvicorn's own parser
 
 - **One request at a time per connection.** The next one is looked at when the last answer was written; what comes
@@ -22,8 +22,8 @@ as they came. A few objects, each with one duty; data flows down the list and ba
   for every request, known head or not.
 - **A request is read whole before it is admitted**, under a limit and a deadline: the model's name may be its last key,
   and a request that can be sent again needs its bytes. They are let go when an answer begins.
-- **An answer is never held.** Each read from the instance is one write to the client. A client that does not keep up
-  pauses reading from its instance (``pause_writing`` and back).
+- **An answer is never held.** Each read from the instance is one write to the client, at the end of the same turn of
+  the loop (outbox.py). A client that does not keep up pauses reading from its instance (``pause_writing`` and back).
 - **Deadlines without timers.** Every connection has one deadline; a sweep twice a second compares. No timer is made
   per request, and with no connection open there is no sweep.
 - **The end comes once.** ``Exchange._end`` is the only end, and ``finished`` below the only accounting. A client that
@@ -48,6 +48,7 @@ from mesh.api.context import NodeContext
 from mesh.api.exchange import Exchange
 from mesh.api.handoff import AppGateway
 from mesh.api.http1 import RequestHead
+from mesh.api.outbox import Outbox
 from mesh.api.request_reader import Limits
 from mesh.api.routes import Route
 from mesh.config.profile import Catalog, Profile
@@ -65,6 +66,7 @@ class DataPlane:
         http = ctx.settings.http
         self.loop = asyncio.get_running_loop()
         self.now = self.loop.time
+        self.outbox = Outbox(self.loop)
         self._note = ctx.access_log.write
         self.metrics: Metrics = ctx.metrics
         self.admission = ctx.supervisor
@@ -161,23 +163,19 @@ class DataPlane:
 
     # --- accounting
 
-    def finished(self, exchange: Exchange, head: RequestHead, status: int, error: str | None) -> None:
+    def finished(self, exchange: Exchange, status: int, error: str | None, now: float) -> None:
         """Account for an exchange that has just ended. Called once for each."""
-        since, metrics, model, relay = exchange.since, self.metrics, exchange.model_metrics, exchange.relay
-        duration_s = self.now() - since
+        since, head, metrics, model = exchange.since, exchange.request, self.metrics, exchange.model_metrics
+        duration_s = now - since
         metrics.current_requests -= 1
         if self.detached:
             self.detached.discard(exchange)
-        ttft_s: float | None = None
-        generated = bytes_out = 0
-        if relay is not None:
-            bytes_out = relay.bytes_out
-            if exchange.route.needs_slot:
-                prompt, generated = relay.count_tokens()
-                model.tokens_prompt_total += prompt
-                model.tokens_generated_total += generated
-            if relay.first_byte_at is not None:
-                ttft_s = relay.first_byte_at - since
+        generated = 0
+        if exchange.watched:
+            prompt, generated = exchange.count_tokens()
+            model.tokens_prompt_total += prompt
+            model.tokens_generated_total += generated
+        ttft_s = None if exchange.first_byte_at is None else exchange.first_byte_at - since
         if error is not None and error != "client_disconnected":
             metrics.errors_total += 1
             model.errors_total += 1
@@ -192,7 +190,7 @@ class DataPlane:
             exchange.profile.id,
             exchange.instance_id,
             exchange.bytes_in,
-            bytes_out,
+            exchange.bytes_out,
             exchange.queue_s,
             ttft_s,
             generated or None,

@@ -58,7 +58,7 @@ class Client(Protocol):
     def write_paused(self) -> bool: ...
 
     def write(self, data: bytes) -> None: ...
-    def answered(self, keep_alive: bool) -> None:
+    def answered(self, keep_alive: bool, now: float) -> None:
         """The answer was written; begin the next request or close."""
 
     def answer_error(self, error: MeshError) -> None:
@@ -68,13 +68,12 @@ class Client(Protocol):
         """The answer ends before its end: write *last_words* if any, then close in a way that is not a clean end."""
 
 
-class Exchange:
+class Exchange(Relay):
     """See the module. It is also the ``Waiter`` of its admission and the ``Requester`` of its connection."""
 
     __slots__ = (
         "_body",
         "_crashes",
-        "_head",
         "_lease",
         "_plane",
         "_progress",
@@ -89,8 +88,6 @@ class Exchange:
         "phase",
         "profile",
         "queue_s",
-        "relay",
-        "request_id",
         "route",
         "since",
     )
@@ -106,20 +103,19 @@ class Exchange:
         request_id: bytes,
         since: float,
     ) -> None:
+        route: Route = head.route
+        super().__init__(head, request_id, client.write, plane.now, route.needs_slot)
         self.client: Client | None = client
         self.address = client.address
         self.bytes_in = len(body)
-        self.route: Route = head.route
+        self.route = route
         self.profile = profile
-        self.request_id = request_id
         self.since = since
         self.phase = _QUEUED
         self.queue_s: float | None = None
         self.instance_id: str | None = None
-        self.relay: Relay | None = None  #: of the attempt that is under way, or was the last
         self.model_metrics = model_metrics
         self._plane = plane
-        self._head = head
         self._body = body  # kept until an answer begins
         self._ticket: Ticket | None = None
         self._lease: Lease | None = None
@@ -158,12 +154,14 @@ class Exchange:
             return
         self._lease = lease
         self.instance_id = lease.endpoint.instance_id
-        now = self._plane.now()
+        now = self._now()
         if self.queue_s is None:
-            self.queue_s = now - self.since
-            self._plane.metrics.queue_wait_count += 1
-            self._plane.metrics.queue_wait_total_ms += int(self.queue_s * 1000)
-        pool = pool_of(lease.endpoint, self._plane.node_id)
+            self.queue_s = queue_s = now - self.since
+            metrics = self._plane.metrics
+            metrics.queue_wait_count += 1
+            if queue_s:
+                metrics.queue_wait_total_ms += int(queue_s * 1000)
+        pool: Pool = lease.endpoint.pool or pool_of(lease.endpoint, self._plane.node_id)
         kept = pool.take(now)
         if kept is not None:
             self.connected(kept)
@@ -197,23 +195,20 @@ class Exchange:
         connection.requester = self
         if client.write_paused:
             connection.pause_reading()
-        pool, head, body = connection.pool, self._head, self._body
-        self.relay = connection.relay = Relay(
-            self,
-            pool,
-            head,
-            self.request_id,
-            client.write,
-            self._plane.now,
-            closes_client=not head.keep_alive or self._plane.ctx.draining,
-            watched=self.route.needs_slot,
-        )
-        length = b"Content-Length: %d\r\n" % len(body) if body or head.method == b"POST" else b""
-        out = b"%b%b%bX-Request-Id: %b\r\n\r\n" % (head.forward, pool.fields, length, self.request_id)
-        if len(body) <= _ONE_WRITE_BYTES:
-            connection.write(out + body)
+        pool, head, body = connection.pool, self.request, self._body
+        self.expect(pool, not head.keep_alive or self._plane.ctx.draining)
+        length = self.bytes_in
+        if 0 < length <= _ONE_WRITE_BYTES:
+            framing = b"Content-Length: %d\r\nX-Request-Id: " % length
+            out = b"".join((head.forward, pool.fields, framing, self.request_id, b"\r\n\r\n", body))
+            self._plane.outbox.write(connection.transport, out)
+            return
+        framing = b"Content-Length: %d\r\n" % length if length or head.method == b"POST" else b""
+        out = b"%b%b%bX-Request-Id: %b\r\n\r\n" % (head.forward, pool.fields, framing, self.request_id)
+        if length:
+            connection.transport.writelines((out, body))  # nothing of it is held: what came before was answered
         else:
-            connection.writelines((out, body))
+            self._plane.outbox.write(connection.transport, out)
 
     def connect_failed(self, error: UpstreamError) -> None:
         self._try_elsewhere(error)
@@ -235,8 +230,7 @@ class Exchange:
             else:
                 self._try_elsewhere(UpstreamError("the instance closed the connection before it answered"))
         elif self.phase is _ANSWERING:
-            assert self.relay is not None
-            if self.relay.until_close and error is None:
+            if self.until_close and error is None:
                 self.answer_complete(reusable=False)
             else:
                 self.fail(UpstreamError("the instance closed the connection in the middle of its answer"))
@@ -277,8 +271,8 @@ class Exchange:
         if limit_s and now - self.since > limit_s:
             text = f"Request timed out: it took longer than {limit_s:g} s (max_request_duration_ms)"
             self.fail(QueueTimeoutError(text) if self.phase is _QUEUED else UpstreamError(text))
-        elif self._plane.upstream_read_timeout_s and self._upstream is not None and self.relay is not None:
-            self._check_progress(now, self.relay.bytes_out, self._upstream.paused)
+        elif self._plane.upstream_read_timeout_s and self._upstream is not None:
+            self._check_progress(now, self.bytes_out, self._upstream.paused)
 
     def _check_progress(self, now: float, bytes_out: int, waits_for_client: bool) -> None:
         seen, since = self._progress
@@ -296,37 +290,36 @@ class Exchange:
             return
         self._plane.metrics.client_disconnects_total += 1
         self.client = None
-        if self.profile.drain_on_disconnect and self._upstream is not None and self.relay is not None:
-            self.relay.write = _discard
+        if self.profile.drain_on_disconnect and self._upstream is not None:
+            self.write = _discard
             self._plane.detached.add(self)
             self.resume()
             return
         self._let_go()
-        self._end(_CLIENT_GONE_STATUS, "client_disconnected")
+        self._end(_CLIENT_GONE_STATUS, "client_disconnected", self._now())
 
     def cut_short(self) -> None:
         """The node stops: end what goes on without a client."""
         if self.phase is not _DONE:
             self._let_go()
-            self._end(_CLIENT_GONE_STATUS, "client_disconnected")
+            self._end(_CLIENT_GONE_STATUS, "client_disconnected", self._now())
 
     def answer_complete(self, reusable: bool) -> None:
-        relay, client, connection = self.relay, self.client, self._upstream
-        assert relay is not None
-        assert relay.response is not None
+        assert self.response is not None
+        status, client, connection, now = self.response.status, self.client, self._upstream, self._now()
         self._upstream = None
         if connection is not None:
-            if reusable and connection.transport.get_write_buffer_size() == 0:
-                connection.pool.give(connection, self._plane.now())
-            else:  # it is closing, or it answered before it had read the request
+            # one that answered before it had read the request is of no use any more; a small one it has read
+            if reusable and (self.bytes_in <= _ONE_WRITE_BYTES or connection.transport.get_write_buffer_size() == 0):
+                connection.pool.give(connection, now)
+            else:
                 connection.abort()
         lease, self._lease = self._lease, None
         if lease is not None:
             lease.release()
-        status = relay.response.status
-        self._end(status, "instance_error" if status >= 500 else None)
+        self._end(status, "instance_error" if status >= 500 else None, now)
         if client is not None:
-            client.answered(not relay.closes_client)
+            client.answered(not self.closes_client, now)
 
     def answer_broken(self, error: UpstreamError) -> None:
         self.fail(error)
@@ -335,17 +328,17 @@ class Exchange:
         """It cannot be answered, or not to the end: tell the client in the best way that is left."""
         if self.phase is _DONE:
             return
-        client, relay = self.client, self.relay
+        client, response, now = self.client, self.response, self._now()
         self._let_go()
         if client is None:
-            self._end(_CLIENT_GONE_STATUS, error.type)
-        elif relay is None or relay.response is None:
-            self._end(error.status, error.type)
+            self._end(_CLIENT_GONE_STATUS, error.type, now)
+        elif response is None:
+            self._end(error.status, error.type, now)
             client.answer_error(error)
         else:
             event = error_event(error, self.route.dialect, self.request_id.decode("latin-1"))
-            last_words = relay.last_words(event)
-            self._end(relay.response.status, error.type)
+            last_words = self.last_words(event)
+            self._end(response.status, error.type, now)
             client.cut_off(last_words)
 
     def _let_go(self) -> None:
@@ -362,19 +355,17 @@ class Exchange:
         lease, self._lease = self._lease, None
         if lease is not None:
             if upstream is not None:  # we cut the child off
-                response = None if self.relay is None else self.relay.response
-                lease.abandon(streaming=response is not None and response.event_stream)
+                lease.abandon(streaming=self.response is not None and self.response.event_stream)
             else:
                 lease.release()
 
-    def _end(self, status: int, error: str | None) -> None:
+    def _end(self, status: int, error: str | None, now: float) -> None:
         """Account for it. The only place where an exchange ends."""
         assert self.phase is not _DONE
         self.phase = _DONE
-        if self.relay is not None:
-            self.relay.end()
+        self.stop()
         self._body = b""
-        self._plane.finished(self, self._head, status, error)
+        self._plane.finished(self, status, error, now)
         self.client = None
 
 

@@ -66,6 +66,8 @@ class _Known(Protocol):
     @property
     def after(self) -> bytes: ...
 
+    digits: int
+
 
 @dataclass(slots=True, eq=False)
 class RequestHead:
@@ -84,6 +86,7 @@ class RequestHead:
     forward: bytes
     before: bytes  #: the head up to its Content-Length digits; all of it if there are none
     after: bytes
+    digits: int  #: how many there were the last time
     length: int  #: of the first request that had this head; later ones bring their own
     method_text: str  #: for the log, as is path_text
     path_text: str
@@ -97,26 +100,34 @@ class ResponseHead:
     status: int
     chunked: bool
     has_length: bool
+    bodiless: bool  #: by its status, whatever its length says
     closes: bool  #: the connection cannot be used again
     event_stream: bool
     forward: bytes
     before: bytes
     after: bytes
+    digits: int
     length: int
 
 
 def read_known(known: _Known, data: bytes, position: int = 0) -> tuple[int, int]:
     """If *known*'s head stands at *position*, return where it ends and its Content-Length, else (0, 0)."""
-    before, after = known.before, known.after
+    before = known.before
     if not data.startswith(before, position):
         return 0, 0
+    after = known.after
     start = position + len(before)
     if not after:
         return start, 0
+    stop = start + known.digits
+    digits = data[start:stop]
+    if digits.isdigit() and data.startswith(after, stop):
+        return stop + len(after), int(digits)
     stop = data.find(b"\r", start, start + _MAX_LENGTH_DIGITS + 1)
     digits = data[start:stop]
     if stop < 0 or not digits.isdigit() or not data.startswith(after, stop):
         return 0, 0
+    known.digits = len(digits)
     return stop + len(after), int(digits)
 
 
@@ -158,6 +169,7 @@ def parse_request(head: bytes, key_header: bytes) -> RequestHead:
         forward=b"%b %b HTTP/1.1\r\n%b" % (found["method"], target, kept),
         before=before,
         after=after,
+        digits=len(str(length)),
         length=length,
         method_text=found["method"].decode("ascii"),
         path_text=path.decode("ascii"),
@@ -185,11 +197,13 @@ def parse_response(head: bytes) -> ResponseHead:
         status=status,
         chunked=chunked,
         has_length=has_length,
+        bodiless=status in (204, 304),
         closes=http10 or b"close" in fields.connection or not (chunked or has_length or status in (204, 304)),
         event_stream=event_stream,
         forward=b"HTTP/1.1 %b%b\r\n%b" % (found["status"], found["reason"] or b" ", kept),
         before=before,
         after=after,
+        digits=len(str(length)),
         length=length,
     )
 

@@ -36,46 +36,39 @@ class Requester(Protocol):
     @property
     def wants_connection(self) -> bool: ...
     def upstream_lost(self, error: Exception | None) -> None: ...
-
-
-class Sink(Protocol):
-    """What the bytes of an answer are fed to; ``feed`` changes as the answer goes on."""
-
     @property
-    def feed(self) -> Callable[[bytes], None]: ...
+    def feed(self) -> Callable[[bytes], None]:
+        """What takes the bytes of the answer; another one as the answer goes on."""
 
 
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an instance, used by at most one request at a time."""
 
-    __slots__ = ("idle_since", "paused", "pool", "relay", "requester", "reused", "transport", "write", "writelines")
+    __slots__ = ("idle_since", "paused", "pool", "requester", "reused", "transport")
 
     transport: asyncio.Transport
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.requester: Requester | None = None
-        self.relay: Sink | None = None
         self.reused = False  # whether it has answered before; then the instance may just be closing it
         self.paused = False
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
-        self.write = self.transport.write
-        self.writelines = self.transport.writelines
         self.pool.open.add(self)
 
     def data_received(self, data: bytes) -> None:
-        relay = self.relay
-        if relay is not None:
-            relay.feed(data)
+        requester = self.requester
+        if requester is not None:
+            requester.feed(data)
         else:  # nobody asked: whatever it is, the next answer could be mistaken for it
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.pool.forget(self)
-        requester, self.requester, self.relay = self.requester, None, None
+        requester, self.requester = self.requester, None
         if requester is not None:
             requester.upstream_lost(exc)
 
@@ -92,7 +85,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once, whatever is still to be sent; the instance then frees the slot. Nobody is told any more."""
-        self.requester = self.relay = None
+        self.requester = None
         self.pool.forget(self)
         self.transport.abort()
 
@@ -118,8 +111,9 @@ class Pool:
 
     def take(self, now: float) -> UpstreamConnection | None:
         """Return a kept connection that is fresh enough, None if there is none."""
-        while self.idle:
-            connection = self.idle.pop()
+        idle = self.idle
+        while idle:
+            connection = idle.pop()
             if now - connection.idle_since < IDLE_LIMIT_S and not connection.transport.is_closing():
                 return connection
             connection.abort()
@@ -127,11 +121,12 @@ class Pool:
 
     def give(self, connection: UpstreamConnection, now: float) -> None:
         """Keep *connection* for the next request, and drop those that were idle for too long."""
-        connection.requester = connection.relay = None
-        if not self.endpoint.alive or len(self.idle) >= _MAX_IDLE or connection.transport.is_closing():
+        connection.requester = None
+        if not self.endpoint.alive or len(self.idle) >= _MAX_IDLE:
             connection.abort()
             return
-        connection.resume_reading()
+        if connection.paused:
+            connection.resume_reading()
         connection.reused = True
         connection.idle_since = now
         self.idle.append(connection)

@@ -30,13 +30,15 @@ class UsageMeter:
         if self._unfinished:
             piece = self._unfinished + piece
             self._unfinished = b""
-        if not piece.endswith(b"\n") and len(piece) < _MAX_UNFINISHED_BYTES:
+        if piece[-1:] != b"\n" and len(piece) < _MAX_UNFINISHED_BYTES:
             self._unfinished = piece
             return
         self.events += piece.count(b"data: {")
         find = piece.find  # ``in`` raises and clears a TypeError for each bytes operand
-        if find(b'"usage"') >= 0 or find(b'"timings"') >= 0 or find(b'"tokens_predicted"') >= 0:
+        if find(b'"usage"') >= 0:
             self._keep(piece)
+        elif find(b"predicted") >= 0 and (find(b'"timings"') >= 0 or find(b'"tokens_predicted"') >= 0):
+            self._keep(piece)  # either holds "predicted", and hardly any other piece does
 
     def body_bytes(self, piece: bytes) -> None:
         """Watch the next *piece* of a JSON body: figures stand in its first or in its last two."""
@@ -68,7 +70,8 @@ def read_usage(piece: bytes) -> tuple[int, int]:
     at = piece.rfind(b'"usage"')
     if at >= 0:
         if (usual := _LLAMA_USAGE.match(piece, at)) is not None:
-            return int(usual[2]), int(usual[1])
+            generated_digits, prompt_digits = usual.groups()
+            return int(prompt_digits), int(generated_digits)
         prompt = _value(piece, b'"prompt_tokens"', at) or _value(piece, b'"input_tokens"', at)
         generated = _value(piece, b'"completion_tokens"', at) or _value(piece, b'"output_tokens"', at)
         if prompt or generated:

@@ -181,10 +181,14 @@ class Supervisor:
         instance = lease.instance
         if self._settling or self._closing or abandoned or instance.state is not State.READY:
             self._post(partial(self._give_back, lease, abandoned))
-        elif not self._queues.total:
-            self._give_back(lease, abandoned)
-            if not instance.leases and (timeout_s := instance.profile.idle_timeout_s):
-                self._alarm.at(instance.idle_since + timeout_s)
+        elif not self._queues.total:  # as ``_give_back`` does it, but for one who is READY
+            instance.leases.discard(lease)
+            if lease.needs_slot:
+                instance.busy -= 1
+            if not instance.leases:
+                instance.idle_since = now = self._loop.time()
+                if timeout_s := instance.profile.idle_timeout_s:
+                    self._alarm.at(now + timeout_s)
         elif not self._hand_over(lease, instance):
             self._post(partial(self._give_back, lease, abandoned))
 

@@ -152,8 +152,8 @@ class AccessLog:
             instance,
             bytes_in,
             bytes_out,
-            None if queue_s is None else int(queue_s * 1e6) / 1e3,
-            None if ttft_s is None else int(ttft_s * 1e6) / 1e3,
+            queue_s and int(queue_s * 1e6) / 1e3,
+            ttft_s and int(ttft_s * 1e6) / 1e3,
             tokens,
             error,
         )

@@ -29,6 +29,7 @@ class LineWriter:
         self._pending: list[Any] = []
         self._encoder = msgspec.json.Encoder()
         self._some = threading.Event()
+        self._told = False  # the same, but cheap to look at for every line; may be False too often, never True
         self._now = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
@@ -41,7 +42,8 @@ class LineWriter:
             self.dropped += 1
             return
         pending.append(line)  # before the flag is read: the thread clears it before it takes lines, so none is missed
-        if not self._some.is_set():
+        if not self._told:
+            self._told = True
             self._some.set()
         if urgent or len(pending) == _BATCH_LINES:
             self._now.set()
@@ -68,6 +70,7 @@ class LineWriter:
             if not self._closing:
                 self._now.wait(_BATCH_S)
             self._some.clear()
+            self._told = False  # after the event, or a line between the two would set one and not the other
             self._now.clear()
             try:
                 self._write_batch()

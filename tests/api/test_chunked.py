@@ -94,3 +94,23 @@ def test_an_interruption_is_read_and_leaves_the_message_open(payloads: list[byte
         payload, _, done = _decode(coded[:cut] + words, [])
         assert payload.endswith(b"\n\nEVENT")
         assert not done
+
+
+def test_a_read_that_is_exactly_one_chunk() -> None:
+    """The shortcut for what nearly every read of a stream is: it tells such a read by its length and first line."""
+    for size in (1, 15, 16, 255, 256, 257, 2046, 2047, 2048):
+        payload = b"x" * size
+        decoder, out = ChunkedDecoder(), list[bytes]()
+        for _ in range(2):
+            assert decoder.feed(chunk(payload), 0, out.append) == len(chunk(payload))
+        assert out == [payload, payload]
+        assert decoder.feed(b"0\r\n\r\n", 0, out.append) == 5
+        assert decoder.done
+    for bad in (b"2\r\nab\r\r\n", b"2\r\nab\n\n", b"g\r\nab\r\n"):
+        with pytest.raises(ChunkError):
+            ChunkedDecoder().feed(bad, 0, out.append)
+    decoder, out = ChunkedDecoder(), []
+    inner = chunk(b"ab")  # inside a chunk, what looks like one is payload
+    decoder.feed(b"%x\r\n" % len(inner), 0, out.append)
+    decoder.feed(inner, 0, out.append)
+    assert out == [inner]
