@@ -3,54 +3,48 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os.path
+from collections.abc import Iterable
 from typing import Any
 
 from mesh.cli.configuration import load_from
+from mesh.cli.engine import engine_summary, engine_warnings, label
 from mesh.cli.failure import FAILED, OK
-from mesh.cli.output import print_json, print_table, stdout_console
+from mesh.cli.output import print_json, print_table, print_warnings, stdout_console
+from mesh.config.cookbook import model_file
 from mesh.config.diagnostics import ConfigErrors, Diagnostic
 from mesh.config.loader import Loaded
 from mesh.config.profile import Profile
-from mesh.engine.locate import find_engine
-from mesh.errors import EngineMissingError
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Validate the files as `serve` would; exit 1 if it would refuse them."""
+    """Validate the files as `serve` would; exit 1 if it would refuse them, or has nothing to start models with."""
     try:
         loaded = load_from(arguments)
     except ConfigErrors as errors:
-        _report_errors(errors.diagnostics, as_json=arguments.json)
+        _report_errors(errors, as_json=arguments.json)
         return FAILED
     result = summary(loaded)
     if arguments.json:
         print_json(result)
     else:
-        _print(loaded, result)
-    return OK
+        _print(result)
+    return OK if result["ok"] else FAILED
 
 
 def summary(loaded: Loaded) -> dict[str, Any]:
     """Return what the files amount to on this machine."""
+    engine = engine_summary(loaded)
+    lacking = [] if engine["found"] else [Diagnostic("engine", None, "", engine["reason"])]
     return {
-        "ok": True,
+        "ok": not lacking,
         "config": str(loaded.config_path) if loaded.config_path else None,
         "cookbook": str(loaded.cookbook_path) if loaded.cookbook_path else None,
-        "errors": [],
-        "warnings": [_as_json(warning) for warning in loaded.warnings],
-        "engine": engine_summary(loaded),
+        "errors": _as_json(lacking),
+        "warnings": _as_json((*loaded.warnings, *engine_warnings(loaded, engine))),
+        "engine": engine,
         "profiles": [_profile(profile) for profile in loaded.catalog.profiles],
     }
-
-
-def engine_summary(loaded: Loaded) -> dict[str, Any]:
-    """Return which llama-server would be run, or why none."""
-    try:
-        engine = find_engine(loaded.settings.llama_cpp)
-    except EngineMissingError as error:
-        return {"found": False, "reason": error.message}
-    return {"found": True, "source": engine.source, "version": engine.version, "command": list(engine.argv)}
 
 
 def _profile(profile: Profile) -> dict[str, Any]:
@@ -68,53 +62,49 @@ def _profile(profile: Profile) -> dict[str, Any]:
 
 
 def _model_source(profile: Profile) -> str:
-    if profile.hf_repo:
+    file = model_file(profile)
+    if profile.hf_repo and file is None:
         return f"hf:{profile.hf_repo}" + (f"/{profile.hf_file}" if profile.hf_file else "")
-    return profile.model_path or "in llama_server_args"
+    return file or "in llama_server_args"
 
 
 def _is_missing(profile: Profile) -> bool:
     """Only a remark: the file may be on a share that is mounted later, or still be downloading."""
-    return profile.model_path is not None and not Path(profile.model_path).expanduser().exists()
+    file = model_file(profile)
+    return file is not None and not os.path.exists(file)
 
 
-def _report_errors(diagnostics: tuple[Diagnostic, ...], *, as_json: bool) -> None:
+def _report_errors(found: ConfigErrors, *, as_json: bool) -> None:
     if as_json:
-        print_json({"ok": False, "errors": [_as_json(diagnostic) for diagnostic in diagnostics]})
+        print_json({"ok": False, "errors": _as_json(found.diagnostics), "warnings": _as_json(found.warnings)})
         return
     console = stdout_console()
-    for diagnostic in diagnostics:
+    print_warnings(console, map(str, found.warnings))
+    for diagnostic in found.diagnostics:
         console.print(str(diagnostic), markup=False, soft_wrap=True)
-    count = len(diagnostics)
+    count = len(found.diagnostics)
     console.print(f"[bold red]{count} {'mistake' if count == 1 else 'mistakes'}[/]")
 
 
-def _as_json(diagnostic: Diagnostic) -> dict[str, Any]:
-    return {
-        "file": str(diagnostic.file),
-        "line": diagnostic.line,
-        "path": diagnostic.path,
-        "message": diagnostic.message,
-    }
+def _as_json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
+    return [{"file": d.file, "line": d.line, "path": d.path, "message": d.message} for d in diagnostics]
 
 
-def _print(loaded: Loaded, result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     console = stdout_console()
-    for warning in loaded.warnings:
-        console.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
+    print_warnings(console, (str(Diagnostic(**warning)) for warning in result["warnings"]))
     console.print(f"config    {result['config'] or 'none, all defaults'}", markup=False)
     console.print(f"cookbook  {result['cookbook'] or 'none, no models'}", markup=False)
     engine = result["engine"]
     if engine["found"]:
-        version = engine["version"] or "unknown version"
-        console.print(f"engine    {engine['source']} llama-server, {version}", markup=False)
+        console.print(f"engine    {label(engine)}", markup=False)
     else:
-        console.print(f"engine    none: {engine['reason']}", markup=False, style="yellow", soft_wrap=True)
+        console.print(f"engine    none: {engine['reason']}", markup=False, style="red", soft_wrap=True)
     if result["profiles"]:
         console.print()
         print_table(["MODEL", "ALIASES", "FILE", "INSTANCES", "MEMORY"], [_row(p) for p in result["profiles"]])
         console.print()
-    console.print("[bold green]ok[/]")
+    console.print("[bold green]ok[/]" if result["ok"] else "[bold red]no model can be started without an engine[/]")
 
 
 def _row(profile: dict[str, Any]) -> list[str]:

@@ -24,14 +24,15 @@ def models(arguments: argparse.Namespace) -> int:
     if not rows:
         print("This node serves no models yet: add some to its cookbook.yaml.")
         return OK
-    print_table(["MODEL", "NODE", "DESCRIPTION"], rows)
+    print_table(["MODEL", "ALIASES", "NODE", "DESCRIPTION"], rows, optional=["DESCRIPTION", "NODE"])
     return OK
 
 
 def _model_row(model: Mapping[str, Any]) -> list[str]:
     metadata = model.get("metadata") or {}
     described = metadata.get("profile_description") or metadata.get("model_description")
-    return [model["id"], model.get("owned_by") or "-", described or "-"]
+    aliases = ", ".join(metadata.get("aliases") or ())
+    return [model["id"], aliases or "-", model.get("owned_by") or "-", described or "-"]
 
 
 def ps(arguments: argparse.Namespace) -> int:
@@ -45,7 +46,8 @@ def ps(arguments: argparse.Namespace) -> int:
     rows += [_waiting_row(key, count) for key, count in sorted(queues.items()) if count]
     if rows:
         columns = ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "IDLE"]
-        print_table(columns, rows, right=frozenset({"PID", "PORT", "SLOTS", "QUEUED", "IDLE"}))
+        right = frozenset({"PID", "PORT", "SLOTS", "QUEUED", "IDLE"})
+        print_table(columns, rows, right=right, optional=["PORT", "PID", "IDLE", "MEMORY", "QUEUED", "SLOTS"])
     else:
         print("Nothing is loaded. The first request for a model loads it, 'llama-mesh prewarm MODEL' does so now.")
     _print_failures(answer.get("failures") or {})
@@ -70,7 +72,12 @@ def _instance_row(instance: Mapping[str, Any], queues: dict[str, int]) -> list[s
 
 
 def _waiting_row(key: str, count: int) -> list[str]:
-    return [key, "waiting", "-", "-", "-", str(count), "-", "-"]
+    return [_model_id(key), "waiting", "-", "-", "-", str(count), "-", "-"]
+
+
+def _model_id(key: str) -> str:
+    """Return what clients call the profile *key*."""
+    return key.removesuffix(":default")
 
 
 def _or_dash(value: object) -> str:
@@ -88,9 +95,9 @@ def _print_failures(failures: Mapping[str, Mapping[str, Any]]) -> None:
     console = stdout_console()
     for key, failure in sorted(failures.items()):
         retry = failure.get("retry_in_s")
-        again = f"; next try in {duration(retry)}" if retry else ""
+        again = f"; next try in {duration(retry)}" if retry and retry >= 1 else ""
         times = f" ({failure['count']} times)" if failure.get("count", 1) > 1 else ""
-        console.print(f"\n{key} failed{times}: {failure.get('reason')}{again}", style="red", markup=False)
+        console.print(f"\n{_model_id(key)} failed{times}: {failure.get('reason')}{again}", style="red", markup=False)
 
 
 def _print_budget(budget: Mapping[str, Mapping[str, int]]) -> None:

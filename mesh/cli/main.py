@@ -29,5 +29,14 @@ def run(argv: Sequence[str]) -> int:
         print(file=sys.stderr)  # the shell's prompt starts on a line of its own
         return INTERRUPTED
     except BrokenPipeError:  # `llama-mesh ps | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return FAILED
+    except OSError as error:  # a full disk behind `> file`, most likely
+        _drop_output()
+        print_error(error.strerror or str(error), as_json=arguments.json)
+        return FAILED
+
+
+def _drop_output() -> None:
+    """Let what could not be written not be tried again when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

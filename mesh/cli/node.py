@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +86,8 @@ class Node:
         except httpx.ConnectError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 fix = "Trust its certificate with --ca FILE."
+            elif self.url.startswith("https:") and re.search("SSL|reset|disconnected", str(error)):
+                fix = self._plain_http()
             else:
                 fix = "Start a node with 'llama-mesh serve', or name one with --url or LLAMESH_URL."
             raise CliError(f"no node answers at {self.url}: {error}", fix=fix) from error
@@ -91,7 +95,11 @@ class Node:
             raise CliError(f"the node at {self.url} did not answer in time", fix="Look at its log.") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = str(error) or type(error).__name__
-            raise CliError(f"talking to {self.url} failed: {reason}", fix="Is it http or https?") from error
+            fix = self._plain_http() if self.url.startswith("https:") else "Is it http or https?"
+            raise CliError(f"talking to {self.url} failed: {reason}", fix=fix) from error
+
+    def _plain_http(self) -> str:
+        return f"It may speak plain HTTP: try --url {self.url.replace('https:', 'http:', 1)}."
 
 
 def refusal(response: httpx.Response, url: str) -> CliError:
@@ -106,11 +114,32 @@ def refusal(response: httpx.Response, url: str) -> CliError:
             fix = "'llama-mesh models' lists the names that it knows."
         case 404 | 405:
             message, fix = f"{url} does not know {response.request.url.path}", "Is this a llama-mesh node? See --url."
+        case 503 if _error_of(response).get("type") == "instance_failed":  # trying again would not mend it
+            fix = f"See 'llama-mesh logs {_asked_model(response)}'."
+        case 503 if _error_of(response).get("type") == "engine_missing":
+            fix = "Run 'llama-mesh check' on the node's machine."
         case 503 if retry_after := response.headers.get("retry-after"):
             fix = f"Try again in {retry_after} s."
         case _:
             fix = None
     return CliError(message, fix=fix)
+
+
+def _error_of(response: httpx.Response) -> dict[str, Any]:
+    """Return the error of OpenAI's envelope, empty without one."""
+    try:
+        error = response.json()["error"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    return error if isinstance(error, dict) else {}
+
+
+def _asked_model(response: httpx.Response) -> str:
+    """Return the model that the refused request was about."""
+    try:
+        return str(json.loads(response.request.content)["model"])
+    except (ValueError, LookupError, TypeError):
+        return "MODEL"
 
 
 def _message_of(response: httpx.Response) -> str:

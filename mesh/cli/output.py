@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
+
+#: Blank columns between those of a table.
+_GAP = 2
 
 
 def stdout_console() -> Console:
@@ -37,17 +42,40 @@ def print_error(message: str, *, fix: str | None = None, as_json: bool = False) 
         console.print(f"[bold]fix:[/]   {escape(fix)}", soft_wrap=True)
 
 
-def print_table(columns: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset()) -> None:
-    """Print *rows*; cells are plain text. In a pipe the table is as wide as its content, never cut."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+def print_warnings(console: Console, warnings: Iterable[str]) -> None:
+    """Print each of *warnings* as a line of its own."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
+
+
+def print_table(
+    columns: list[str], rows: list[list[str]], *, right: frozenset[str] = frozenset(), optional: Sequence[str] = ()
+) -> None:
+    """Print *rows*; cells are plain text. In a pipe the table is as wide as its content, never cut.
+
+    On a terminal that is too narrow *optional* columns are left out, in this order; then the first column wraps.
+    """
     console = stdout_console()
     if not console.is_terminal:
         console.width = 10_000
-    console.print(table)
+    shown = _fitting(columns, rows, console.width, optional)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i in shown:
+        justify: JustifyMethod = "right" if columns[i] in right else "left"
+        table.add_column(columns[i], justify=justify, no_wrap=i > 0, overflow="ellipsis" if i else "fold")
+    for row in rows:
+        table.add_row(*(escape(row[i]) for i in shown))
+    console.print(table, soft_wrap=False)
+
+
+def _fitting(columns: list[str], rows: list[list[str]], width: int, optional: Sequence[str]) -> list[int]:
+    """Return the positions of the columns to show in *width*."""
+    cells = {column: max(cell_len(row[i]) for row in [columns, *rows]) for i, column in enumerate(columns)}
+    for column in optional:
+        if sum(cells.values()) + _GAP * (len(cells) - 1) <= width:
+            break
+        del cells[column]
+    return [i for i, column in enumerate(columns) if column in cells]
 
 
 def duration(seconds: float | None) -> str:

@@ -30,7 +30,11 @@ The node is found by --url, else $LLAMESH_URL, else listen_addr of the configura
 $LLAMESH_API_KEY, else the secrets file. Settings can be overridden by LLAMESH_ variables, `__` nests:
   LLAMESH_MAX_VRAM_MB=24000 LLAMESH_AUTH__ENABLED=true llama-mesh serve
 
-exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C
+The files are found by --config, --cookbook and --secrets, else $LLAMESH_CONFIG, $LLAMESH_COOKBOOK and
+$LLAMESH_SECRETS, else in the working directory.
+
+exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C; where Ctrl-C is the normal end (serve, logs,
+demo --keep) it is 0
 """
 
 _SERVE = """\
@@ -92,6 +96,16 @@ examples:
 """
 
 
+_VERSION = """\
+examples:
+  llama-mesh version
+  llama-mesh version --config /etc/llama-mesh/config.yaml --json | jq -r .engine.version
+"""
+
+#: How much a word must be like a command to be taken for it; below this the list of commands helps more.
+_CLOSE = 0.75
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with a suggestion for a mistyped command and a pointer to --help."""
 
@@ -117,7 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _did_you_mean(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=1)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=_CLOSE)
     return f" Did you mean '{close[0]}'?" if close else f" The commands are {', '.join(names)}."
 
 
@@ -172,7 +186,7 @@ def _add_instances(commands: argparse._SubParsersAction[_Parser]) -> None:
     command = _add(commands, "prewarm", "load a model before the first request needs it", _PREWARM)
     command.add_argument("model", metavar="MODEL", help="a name from 'llama-mesh models'")
     command.add_argument("--no-wait", action="store_true", help="return as soon as loading has started")
-    command.add_argument("--timeout", type=_positive, default=600, metavar="S", help="give up waiting (default: 600)")
+    command.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="give up after (default: 600 s)")
     _add_node(command)
     command.set_defaults(command=instances.prewarm)
     command = _add(commands, "unload", "stop a model's instances and free their memory", _UNLOAD)
@@ -192,7 +206,7 @@ def _add_logs(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_version(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "version", "print the versions of llama-mesh and of the engine", "")
+    command = _add(commands, "version", "print the versions of llama-mesh and of the engine", _VERSION)
     _add_files(command)
     command.set_defaults(command=version.version)
 
@@ -205,9 +219,8 @@ def _add(commands: argparse._SubParsersAction[_Parser], name: str, summary: str,
 
 def _add_files(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("files")
-    group.add_argument("--config", type=Path, metavar="FILE", help="default: ./config.yaml, if it exists")
-    group.add_argument("--cookbook", type=Path, metavar="FILE", help="default: ./cookbook.yaml, if it exists")
-    group.add_argument("--secrets", type=Path, metavar="FILE", help="default: ./secrets.yaml, if it exists")
+    for name in ("config", "cookbook", "secrets"):
+        _add_file(group, name)
 
 
 def _add_node(command: argparse.ArgumentParser) -> None:
@@ -217,8 +230,13 @@ def _add_node(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ca", type=Path, metavar="FILE", help="trust this certificate (default: the system's, and ours)"
     )
-    group.add_argument("--config", type=Path, metavar="FILE", help="default: ./config.yaml, if it exists")
-    group.add_argument("--secrets", type=Path, metavar="FILE", help="default: ./secrets.yaml, if it exists")
+    for name in ("config", "secrets"):
+        _add_file(group, name)
+
+
+def _add_file(group: argparse._ArgumentGroup, name: str) -> None:
+    where = f"default: $LLAMESH_{name.upper()}, else ./{name}.yaml, if it exists"
+    group.add_argument(f"--{name}", type=Path, metavar="FILE", help=where)
 
 
 def _port(text: str) -> int:
@@ -231,3 +249,14 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    """Parse a time; the upper end is what a node accepts."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number of seconds")
+    return seconds

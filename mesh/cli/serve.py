@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from mesh.cli.configuration import load_from
-from mesh.cli.output import stderr_console
+from mesh.cli.output import print_warnings, stderr_console
+from mesh.config.diagnostics import ConfigErrors
 from mesh.config.loader import Loaded
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -13,10 +14,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 def serve(arguments: argparse.Namespace) -> int:
     """Run a node until it is told to stop."""
-    loaded = load_with_flags(arguments)
-    console = stderr_console()
-    for warning in loaded.warnings:
-        console.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
+    try:
+        loaded = load_with_flags(arguments)
+    except ConfigErrors as errors:
+        print_warnings(stderr_console(), map(str, errors.warnings))
+        raise
+    print_warnings(stderr_console(), map(str, loaded.warnings))
     # Late, so that no other command pays for importing the whole node.
     from mesh.app import run
 

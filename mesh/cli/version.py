@@ -6,8 +6,8 @@ import argparse
 import platform
 
 from mesh import __version__
-from mesh.cli.check import engine_summary
 from mesh.cli.configuration import NO_COOKBOOK, load_from
+from mesh.cli.engine import engine_summary
 from mesh.cli.failure import OK
 from mesh.cli.output import print_json
 from mesh.config.diagnostics import ConfigErrors

@@ -42,6 +42,21 @@ def warnings(settings: Settings) -> Iterator[Problem]:
         yield Problem(
             ("server_tls", "enabled"), "is false, so the certificate is not used and this node speaks plain HTTP"
         )
+    yield from _without_effect(settings)
+
+
+def _without_effect(settings: Settings) -> Iterator[Problem]:
+    """Yield what llamesh's files may ask for and this version does not do yet."""
+    build, cluster = settings.llama_cpp, settings.cluster
+    for path, asked, missing in (
+        (("cluster", "enabled"), cluster.enabled, "this node joins no others"),
+        (("cluster", "peers"), cluster.peers and not cluster.enabled, "this node joins no others"),
+        (("llama_cpp", "repo_url"), build.repo_url, "nothing is built; install the engine, or set binary_path"),
+        (("llama_cpp", "auto_update_interval_seconds"), build.auto_update_interval_seconds, "nothing is built"),
+        (("wedge_detector", "enabled"), settings.wedge_detector.enabled, "stuck instances are not looked for"),
+    ):
+        if asked:
+            yield Problem(path, f"has no effect in this version: {missing}")
 
 
 def _tls(settings: Settings) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """Makes the catalog of a cookbook: fills in defaults, checks the profiles and indexes their names.
 
 Works on entries that are valid in themselves (``cookbook_file``). Nothing here knows files or lines: problems name key
-paths. Looks at the disk only to warn of a model file that is not there.
+paths. Looks at the disk only to warn of a model file that is not there or none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from typing import TypeVar
 
 from mesh.config.cookbook_file import CookbookFile, Inheritable, ModelEntry, ProfileEntry
 from mesh.config.diagnostics import ConfigErrors, Diagnostic, KeyPath, Problem, dotted
-from mesh.config.llama_args import HF_FLAGS, MODEL_FLAGS, OTHER_SOURCE_FLAGS, args_hash, has_flag, launch_args
+from mesh.config.llama_args import (
+    ADDRESS_FLAGS,
+    CONTEXT_FLAGS,
+    HF_FLAGS,
+    MODEL_FLAGS,
+    OTHER_SOURCE_FLAGS,
+    args_hash,
+    expand,
+    flag_value,
+    has_flag,
+    launch_args,
+)
 from mesh.config.profile import Catalog, Engine, Profile
 from mesh.config.settings import Settings
 from mesh.core.resources import Resources
@@ -68,6 +79,14 @@ def build_catalog(file: CookbookFile, settings: Settings, version: int = 0) -> C
     if built.errors:
         raise ConfigErrors(Diagnostic("cookbook", None, dotted(p.path), p.message) for p in built.errors)
     return built.catalog
+
+
+def unserved(file: CookbookFile) -> Iterator[Problem]:
+    """Yield a warning for each model of *file* that nobody can ask for."""
+    for m, model in enumerate(file.models):
+        if model.enabled and not model.profiles:
+            message = f"'{model.name}' has no profiles and is not served; a profile with 'model_path' is enough"
+            yield Problem(("models", m), message)
 
 
 def assemble(entries: Iterable[Entry], defaults: Inheritable, settings: Settings, version: int) -> Assembly:
@@ -168,12 +187,53 @@ def _warnings(entry: Entry, profile: Profile, settings: Settings) -> Iterator[Pr
         yield Problem((*entry.path, "hf_file"), "has no effect without 'hf_repo'")
     if profile.model_path and has_flag(profile.args, MODEL_FLAGS + HF_FLAGS):
         yield Problem((*entry.path, "model_path"), "has no effect: llama_server_args already names a model")
-    elif profile.model_path and not os.path.exists(profile.model_path):
-        yield Problem((*entry.path, "model_path"), f"there is no such file: {profile.model_path!r}")
+    yield from _file_warnings(entry, profile)
+    if profile.engine is Engine.WHISPER:
+        yield Problem((*entry.path, "engine"), "whisper cannot be started by this version")
+    yield from _argument_warnings(entry, profile)
     if glued := next((word.split()[0] for word in profile.args if _TWO_WORDS.match(word)), None):
         message = f"one argument holds '{glued}' and its value together; in a list these are two items"
         yield Problem((*entry.path, "llama_server_args"), message)
     yield from _too_large(entry, profile, settings)
+
+
+def model_file(profile: Profile) -> str | None:
+    """Return the model file that *profile* is started with, its arguments going first; None if it names none."""
+    return flag_value(profile.args, MODEL_FLAGS) or (
+        None if has_flag(profile.args, MODEL_FLAGS + HF_FLAGS) else profile.model_path
+    )
+
+
+def _file_warnings(entry: Entry, profile: Profile) -> Iterator[Problem]:
+    path = model_file(profile)
+    wrong = None if path is None or profile.engine is Engine.WHISPER else _wrong_with(path)
+    if wrong is not None:
+        key = "llama_server_args" if flag_value(profile.args, MODEL_FLAGS) else "model_path"
+        yield Problem((*entry.path, key), wrong)
+
+
+def _wrong_with(path: str) -> str | None:
+    """Look at the first bytes of *path*; never at what is no file, such as a pipe, where reading would wait."""
+    if not os.path.exists(path):
+        return f"there is no such file: {path!r}"
+    if not os.path.isfile(path):
+        return f"{path!r} is {'a directory' if os.path.isdir(path) else 'no file'}; name the GGUF file"
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        return f"{path!r} cannot be read: {error.strerror or error}"
+    return None if magic == b"GGUF" else f"{path!r} is not a GGUF file; is the download complete?"
+
+
+def _argument_warnings(entry: Entry, profile: Profile) -> Iterator[Problem]:
+    path = (*entry.path, "llama_server_args")
+    words = expand(profile.args)
+    if words and words[-1] in MODEL_FLAGS + HF_FLAGS + CONTEXT_FLAGS + ADDRESS_FLAGS:
+        yield Problem(path, f"'{words[-1]}' has no value; it will not start")
+    port = flag_value(profile.args, ("--port",))
+    if port is not None and not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
+        yield Problem(path, f"'--port {port}' is not a port (1 to 65535); leave it out and the node picks one")
 
 
 def _too_large(entry: Entry, profile: Profile, settings: Settings) -> Iterator[Problem]:
@@ -206,6 +266,11 @@ class _Names:
             for position, alias in enumerate(profile.aliases):
                 self._add_alias((*entry.path, "aliases", position), alias, profile)
 
+    @staticmethod
+    def _lacks_id(entry: Entry, other: Profile) -> bool:
+        """Whether the clash is between profiles of one model, of which this one has no id."""
+        return "id" not in entry.profile.model_fields_set and entry.name.partition(":")[0] == other.model
+
     def _add_key(self, entry: Entry, profile: Profile) -> None:
         other = self.index.get(profile.key)
         if other is None:
@@ -215,7 +280,8 @@ class _Names:
             Problem(
                 (*entry.path, "id"),
                 f"duplicate model:profile identifier: '{other.model}:{other.profile}' and '{entry.name}'"
-                f" both resolve to '{profile.key}'; give one another name",
+                f" both resolve to '{profile.key}'; "
+                + ("give each profile an id" if self._lacks_id(entry, other) else "give one another name"),
                 other=self._owners[profile.key][1],
             )
         )

@@ -46,8 +46,19 @@ def _environment(value: object) -> object:
         if not name or "=" in name or "\0" in name:
             raise ValueError(f"{name!r} is not a variable's name")
         if isinstance(text, bool) or not isinstance(text, str | int | float) or "\0" in str(text):
-            raise ValueError(f"the value of {name} must be text or a number; put it in quotes")
+            raise ValueError(f"the value of {name} must be text or a number, got {_kind(text)}")
     return {name: str(text) for name, text in value.items()}
+
+
+def _kind(value: object) -> str:
+    """Say what stands where a variable's value should; the text itself may be a secret."""
+    if isinstance(value, bool):
+        return f"{str(value).lower()}; put it in quotes"
+    if isinstance(value, str):
+        return "text with a NUL character, which no program can be given"
+    if value is None:
+        return "nothing; write '' for an empty one"
+    return "a mapping" if isinstance(value, dict) else "a list"
 
 
 def _devices(value: object) -> object:

@@ -39,10 +39,11 @@ class Diagnostic:
 
 
 class ConfigErrors(ConfigError):
-    """All that is wrong with the configuration. Nothing of it may be used."""
+    """All that is wrong with the configuration, and what was remarked beside it. Nothing of it may be used."""
 
-    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+    def __init__(self, diagnostics: Iterable[Diagnostic], warnings: Iterable[Diagnostic] = ()) -> None:
         self.diagnostics = tuple(diagnostics)
+        self.warnings = tuple(warnings)
         super().__init__("\n".join(map(str, self.diagnostics)))
 
 
@@ -54,8 +55,8 @@ def dotted(path: KeyPath) -> str:
     return text
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
+def suggestion(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return ``"; did you mean 'x'?"`` if something in *known* is close to *word*, else an empty string."""
     by_fold = {name.lower().replace("-", "_"): name for name in known}
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), by_fold, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), by_fold, n=1, cutoff=cutoff)
     return f"; did you mean '{by_fold[close[0]]}'?" if close else ""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource
 
 from mesh.config.diagnostics import KeyPath, suggestion
+from mesh.config.explain import section_in
 from mesh.config.settings import Settings
 
 PREFIX = "LLAMESH_"
 
-#: Read by the command line tools, not settings of a node.
+#: Only a near miss is worth a suggestion: most such names are not ours at all.
+_CLOSE = 0.9
+
+#: Read by the command line, not settings of a node.
 _NOT_SETTINGS = frozenset({"url", "api_key", "config", "cookbook", "secrets"})
 
 
@@ -56,11 +61,19 @@ def unknown_variables(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     No error: Kubernetes itself sets LLAMESH_SERVICE_HOST and the like next to a service called "llamesh".
     """
     known = Settings.model_fields
-    candidates = [f"{PREFIX}{key}".upper() for key in known]
+    candidates = [f"{PREFIX}{path}".upper() for path in _paths(Settings)]
     found = []
     for name in environ:
         if name.upper().startswith(PREFIX):
             top = name[len(PREFIX) :].lower().split("__")[0].split("[")[0]
             if top not in known and top not in _NOT_SETTINGS:
-                found.append((name, f"is not a setting and is ignored{suggestion(name, candidates)}"))
+                found.append((name, f"is not a setting and is ignored{suggestion(name, candidates, cutoff=_CLOSE)}"))
     return found
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every key of *model* as variables spell it: sections and keys with ``__`` between them."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if inner := section_in(field.annotation):
+            yield from _paths(inner, f"{prefix}{name}__")

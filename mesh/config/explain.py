@@ -44,7 +44,8 @@ def _sentence(details: ErrorDetails, model: type[BaseModel]) -> str:
         return f"expected one of: {', '.join(allowed)}{_got(details)}{close}"
     if kind == "value_error":
         message = str(details.get("ctx", {}).get("error", details["msg"]))
-        return message if message.startswith(("is 0;", "is empty")) else message + _got(details)
+        whole = isinstance(details["input"], dict | list) and not message.startswith("expected")
+        return message if whole or message.startswith(("is 0;", "is empty")) else message + _got(details)
     return _EXPECTED.get(kind, details["msg"]) + _got(details) + _advice(details)
 
 

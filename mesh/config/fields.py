@@ -57,6 +57,12 @@ def _header_value(text: str) -> str:
     return text
 
 
+def _without_scheme(key: str) -> str:
+    """Let llamesh's way of writing a key for the Authorization header be the key that clients send in it."""
+    scheme, space, token = key.partition(" ")
+    return token.strip() if space and scheme.lower() == "bearer" else key
+
+
 def _port(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip().isdecimal():
         raise ValueError("expected a port number, 1 to 65535")
@@ -82,5 +88,5 @@ Line = Annotated[Text, AfterValidator(_one_line)]
 StrictLine = Annotated[str, Strict(), AfterValidator(_not_blank), AfterValidator(_one_line)]
 HeaderName = Annotated[Text, AfterValidator(_header_name)]
 HeaderValue = Annotated[Line, AfterValidator(_header_value)]
-HeaderKey = Annotated[StrictLine, AfterValidator(_header_value)]
+HeaderKey = Annotated[Line, AfterValidator(_without_scheme), AfterValidator(_header_value)]
 Port = Annotated[int, BeforeValidator(_port), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 65535})]

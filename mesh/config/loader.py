@@ -6,6 +6,7 @@ valid, or ``ConfigErrors`` lists every problem of every source with its place.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from mesh.config import checks
 from mesh.config.address import join_address, split_address
-from mesh.config.cookbook import assemble
+from mesh.config.cookbook import assemble, unserved
 from mesh.config.diagnostics import ConfigErrors, Diagnostic, KeyPath, Problem, dotted, suggestion
 from mesh.config.environ import read_environ, unknown_variables, variable
 from mesh.config.profile import Catalog
@@ -69,14 +70,15 @@ def load(
     layers.append(_flags(overrides or {}, layers))
     settings, problems = validate_settings(_merged(layers))
     errors += [_place(problem, layers) for problem in problems]
-    warnings += [_place(problem, layers) for problem in checks.warnings(settings)]
+    if not problems:  # what is only a guess at the settings deserves no remarks
+        warnings += [_place(problem, layers) for problem in checks.warnings(settings)]
     catalog = Catalog(default_model=settings.default_model)
     if cookbook_path is not None:
         catalog, found, cautions = _read_catalog(cookbook_path, settings, 0)
         errors += found
         warnings += cautions
     if errors:
-        raise ConfigErrors(_in_reading_order(errors))
+        raise ConfigErrors(_in_reading_order(errors), warnings)
     warnings += [_place(problem, layers) for problem in _default_model(catalog, settings)]
     return Loaded(settings, catalog, tuple(warnings), config_path, cookbook_path)
 
@@ -137,12 +139,14 @@ def _foreign_secrets(secrets: Source) -> list[Diagnostic]:
 
 
 def _open_secrets(path: Path) -> list[Diagnostic]:
-    mode = stat.S_IMODE(path.stat().st_mode)
+    """Warn of a file that anyone but its owner may access; as the service's user owns it, nobody else needs to."""
+    info = path.stat()
+    mode = stat.S_IMODE(info.st_mode)
     if not mode & 0o077:
         return []
-    return [
-        Diagnostic(str(path), None, "", f"other users may access this file (mode {mode:04o}); run: chmod 600 {path}")
-    ]
+    owned = os.geteuid() in (0, info.st_uid)
+    run = f"chmod 600 {path}" if owned else f"chown {os.geteuid()} {path} && chmod 600 {path}, as root"
+    return [Diagnostic(str(path), None, "", f"other users may access this file (mode {mode:04o}); run: {run}")]
 
 
 def _flags(overrides: Mapping[str, Any], layers: Iterable[_Layer]) -> _Layer:
@@ -209,7 +213,8 @@ def _read_catalog(path: Path, settings: Settings, version: int) -> tuple[Catalog
     file, entries, problems = validate_cookbook(source.data)
     built = assemble(entries, file.defaults, settings, version)
     errors = [*source.problems, *(_in_source(problem, source) for problem in (*problems, *built.errors))]
-    return built.catalog, _in_reading_order(errors), [_in_source(problem, source) for problem in built.warnings]
+    remarks = built.warnings if problems else [*unserved(file), *built.warnings]
+    return built.catalog, _in_reading_order(errors), [_in_source(problem, source) for problem in remarks]
 
 
 def _in_reading_order(diagnostics: list[Diagnostic]) -> list[Diagnostic]:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
+from mesh.config.diagnostics import suggestion
 from mesh.core.resources import Resources
 from mesh.errors import RequestError, UnknownModelError
+
+#: What one unknown name may cost: comparing is slow, and the event loop waits for it.
+_LONGEST_NAME = 100
+_COMPARED = 300
+_HINTS = 10
 
 
 class Engine(StrEnum):
@@ -76,5 +83,16 @@ class Catalog:
             name = self.default_model
         found = self.names.get(name.lower())
         if found is None:
-            raise UnknownModelError(f"Model '{name}' not found in local cookbook or any peer", param="model")
+            message = f"Model '{name}' not found in local cookbook or any peer{self._hint(name)}"
+            raise UnknownModelError(message, param="model")
         return found
+
+    def _hint(self, name: str) -> str:
+        """Return what may have been meant, after a semicolon. Bounded: anybody may ask for anything."""
+        if len(name) > _LONGEST_NAME:
+            return ""
+        model = name.partition(":")[0].lower()
+        if own := [profile.id for profile in self.profiles if profile.model.lower() == model]:
+            return f"; profiles: {', '.join(own[:_HINTS])}{', ...' if len(own) > _HINTS else ''}"
+        known = (known for profile in self.profiles for known in (profile.id, *profile.aliases))
+        return suggestion(name, islice(known, _COMPARED), cutoff=0.7)

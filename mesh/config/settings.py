@@ -202,7 +202,9 @@ class Logging(Section):
 
     enabled: bool = _key(False, "Write a log file too")
     directory: Text = _key("./logs", "Its directory")
-    filename: Annotated[Line, AfterValidator(_file_name)] = _key("proxy.log", "Its name; the date is appended")
+    filename: Annotated[Line, AfterValidator(_file_name)] = _key(
+        "proxy.log", "Today's file; older ones get their date appended"
+    )
     max_keep_files: Annotated[Count, not_zero("the log in use would be deleted")] = _key(7, "Days that are kept")
     compression: bool = _key(True, "Compress the days before today with gzip")
     level: Literal["debug", "info", "warning", "error"] = _key("info", "debug, info, warning or error")

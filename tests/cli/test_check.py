@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from mesh.cli import engine
 from mesh.cli.main import run
+from mesh.engine.locate import EngineBinary
+from mesh.errors import EngineMissingError
 
 COOKBOOK = """
 models:
@@ -25,9 +29,19 @@ models:
 """
 
 
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An embedded engine on Linux, whatever this machine has."""
+    found = EngineBinary((sys.executable, "embedded.py"), "b1", "embedded")
+    monkeypatch.setattr(engine, "find_engine", lambda settings: found)
+    monkeypatch.setattr("sys.platform", "linux")
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("embedded")
 def test_good_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model.gguf"
-    model.touch()
+    model.write_bytes(b"GGUF")
     (tmp_path / "cookbook.yaml").write_text(COOKBOOK.format(model=model))
     assert run(["check"]) == 0
     out = capsys.readouterr().out
@@ -41,6 +55,7 @@ def test_good_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{model} (missing)" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("embedded")
 def test_good_files_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "book.yaml").write_text(COOKBOOK.format(model="nowhere.gguf"))
     assert run(["check", "--json", "--cookbook", "book.yaml"]) == 0
@@ -50,7 +65,7 @@ def test_good_files_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("qwen3:default", ["qwen"], True),
         ("qwen3:hub", [], False),
     ]
-    assert result["engine"]["found"] in (True, False)
+    assert result["engine"]["found"] is True
 
 
 def test_every_mistake_is_listed_with_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,9 +80,71 @@ def test_every_mistake_is_listed_with_its_place(tmp_path: Path, capsys: pytest.C
     assert [(error["file"], error["line"]) for error in result["errors"]] == [("config.yaml", 1), ("config.yaml", 3)]
 
 
-def test_a_missing_engine_is_a_remark_with_the_ways_to_get_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("missing", ["/nowhere/llama-server", "notes.txt"])
+def test_an_engine_that_cannot_run_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str
 ) -> None:
-    (tmp_path / "config.yaml").write_text("llama_cpp: {binary_path: /nowhere/llama-server}\n")
+    (tmp_path / "notes.txt").write_text("not executable")
+    (tmp_path / "config.yaml").write_text(f"llama_cpp: {{binary_path: {missing}}}\n")
+    assert run(["check"]) == 1
+    out = capsys.readouterr().out
+    assert missing in out
+    assert not out.rstrip().endswith("ok")
+    assert run(["check", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["ok"], result["engine"]["found"]) == (False, False)
+    assert missing in result["errors"][0]["message"]
+
+
+def test_no_engine_at_all_is_a_failure(embedded: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def none(settings: object) -> EngineBinary:
+        raise EngineMissingError("no llama-server found. Either ...")
+
+    embedded.setattr(engine, "find_engine", none)
+    assert run(["check"]) == 1
+    assert "no llama-server found. Either" in capsys.readouterr().out
+
+
+def test_what_the_embedded_engine_cannot_do_is_warned_of(
+    embedded: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    args = {"gpu": "-ngl 99", "all": "--gpu-layers=all", "cpu": "-ngl 0"}
+    profiles = [{"id": id, "llama_server_args": f"-m m.gguf {words}"} for id, words in args.items()]
+    profiles += [{"id": "hub", "hf_repo": "a/b"}, {"id": "flag", "llama_server_args": "-hf a/b"}]
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": profiles}]}))
+    embedded.setattr("platform.machine", lambda: "aarch64")
     assert run(["check"]) == 0
-    assert "/nowhere/llama-server" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "engine    embedded (CPU only) llama-server, b1" in out
+    warned = [line.split(": ")[2:4] for line in out.splitlines() if line.startswith("warning: ")]
+    assert [profile for profile, _ in warned] == ["m:gpu", "m:all", "m:hub", "m:flag"]
+    assert "99 GPU layers have no effect" in warned[0][1]
+    assert "cannot download" in warned[2][1]
+    embedded.setattr("platform.machine", lambda: "x86_64")
+    assert run(["check"]) == 0
+    assert "cannot download" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_file_is_the_one_that_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """-m in the arguments goes before model_path."""
+    profile = {"model_path": "other.gguf", "llama_server_args": "-m gone.gguf"}
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": [profile]}]}))
+    assert run(["check", "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["profiles"]
+    assert (shown["model"], shown["model_file_missing"]) == ("gone.gguf", True)
+
+
+def test_warnings_are_shown_beside_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMESH_AUTH_ENABLED", "true")
+    (tmp_path / "config.yaml").write_text("max_hops: many\n")
+    warning = "LLAMESH_AUTH_ENABLED: is not a setting and is ignored; did you mean 'LLAMESH_AUTH__ENABLED'?"
+    assert run(["check"]) == 1
+    assert capsys.readouterr().out.startswith(f"warning: {warning}\nconfig.yaml:1")
+    assert run(["check", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["warnings"][0]["file"] == "LLAMESH_AUTH_ENABLED"
+    assert run(["serve"]) == 1
+    assert f"warning: {warning}" in capsys.readouterr().err

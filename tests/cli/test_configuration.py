@@ -19,3 +19,27 @@ def test_a_broken_cookbook_stops_only_those_who_read_it(tmp_path: Path) -> None:
     loaded = load_from(arguments, cookbook=NO_COOKBOOK)
     assert loaded.catalog.profiles == ()
     assert loaded.warnings == ()
+
+
+def test_files_may_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags win; an empty variable names nothing."""
+    arguments = argparse.Namespace(config=None, cookbook=None, secrets=None)
+    for name, text in {
+        "c": "max_hops: 3",
+        "other": "max_hops: 4",
+        "b": "models: [{name: m, profiles: [{hf_repo: a/b}]}]",
+        "s": "auth: {enabled: true, allowed_keys: [k]}",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    for name, file in {"CONFIG": "c.yaml", "COOKBOOK": "b.yaml", "SECRETS": "s.yaml"}.items():
+        monkeypatch.setenv(f"LLAMESH_{name}", file)
+    loaded = load_from(arguments)
+    assert (loaded.settings.max_hops, loaded.settings.auth.allowed_keys) == (3, ("k",))
+    assert (str(loaded.config_path), str(loaded.cookbook_path)) == ("c.yaml", "b.yaml")
+    arguments.config = Path("other.yaml")
+    assert load_from(arguments).settings.max_hops == 4
+    monkeypatch.setenv("LLAMESH_COOKBOOK", "")
+    assert load_from(arguments).cookbook_path is None
+    monkeypatch.setenv("LLAMESH_SECRETS", "gone.yaml")
+    with pytest.raises(ConfigErrors, match=r"gone\.yaml: the file does not exist"):
+        load_from(arguments)

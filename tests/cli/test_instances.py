@@ -26,8 +26,25 @@ def test_a_model_that_will_not_load_is_a_failure(node: FakeNode, capsys: pytest.
     reason = "llama-server exited with 1: error: invalid argument: --nope"
     status, envelope = node.error(503, "instance_failed", reason)
     node.answers["POST /admin/prewarm"] = (status, {"status": "error", "message": reason, **envelope})
+    node.retry_after = "2"  # for clients that try by themselves; it does not help a person
     assert run(["prewarm", "bad"]) == 1
-    assert "invalid argument: --nope" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "invalid argument: --nope" in error
+    assert "See 'llama-mesh logs bad'." in error
+    assert "Try again" not in error
+
+
+def test_a_node_without_an_engine_is_to_be_checked(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node.answers["POST /admin/prewarm"] = node.error(503, "engine_missing", "no llama-server found")
+    node.retry_after = "2"
+    assert run(["prewarm", "m"]) == 1
+    assert "fix:   Run 'llama-mesh check'" in capsys.readouterr().err
+
+
+def test_a_timeout_may_be_a_fraction(node: FakeNode) -> None:
+    node.answers["POST /admin/prewarm"] = (200, {"status": "ok", "message": "", "instance": INSTANCE})
+    assert run(["prewarm", "m", "--timeout", "0.5"]) == 0
+    assert node.asked[-1].body["timeout_s"] == 0.5
 
 
 def test_an_unknown_model_points_to_the_list(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,15 +21,19 @@ def _lines(text: str) -> list[list[str]]:
 
 def test_models_lists_ids_nodes_and_descriptions(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     data = [
-        {"id": "qwen3", "owned_by": "gpu1", "metadata": {"profile_description": "the [fast] one"}},
+        {
+            "id": "qwen3",
+            "owned_by": "gpu1",
+            "metadata": {"profile_description": "the [fast] one", "aliases": ["q", "gpt-4o"]},
+        },
         {"id": "org/model-with-a-long-name:profile", "owned_by": "gpu2", "metadata": None},
     ]
     node.answers["GET /v1/models"] = (200, {"object": "list", "data": data})
     assert run(["models"]) == 0
     assert _lines(capsys.readouterr().out) == [
-        ["MODEL", "NODE", "DESCRIPTION"],
-        ["qwen3", "gpu1", "the", "[fast]", "one"],
-        ["org/model-with-a-long-name:profile", "gpu2", "-"],
+        ["MODEL", "ALIASES", "NODE", "DESCRIPTION"],
+        ["qwen3", "q,", "gpt-4o", "gpu1", "the", "[fast]", "one"],
+        ["org/model-with-a-long-name:profile", "-", "gpu2", "-"],
     ]
     assert run(["models", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"] == data
@@ -57,7 +61,10 @@ def test_ps_shows_instances_queues_failures_and_budget(node: FakeNode, capsys: p
             instances=[INSTANCE, {**INSTANCE, "pid": 4243}, idle],
             queues={"qwen3:default": 3, "big:default": 2, "none:default": 0},
             budget={"capacity": {"vram": 24000, "instances": 100}, "used": {"vram": 20480, "instances": 3}},
-            failures={"bad:default": {"reason": "exited with [1]", "count": 2, "retry_in_s": 8.0, "log_tail": []}},
+            failures={
+                "bad:default": {"reason": "exited with [1]", "count": 2, "retry_in_s": 8.0, "log_tail": []},
+                "bad:fast": {"reason": "crashed", "count": 1, "retry_in_s": 0.4, "log_tail": []},
+            },
         ),
     )
     assert run(["ps"]) == 0
@@ -67,8 +74,9 @@ def test_ps_shows_instances_queues_failures_and_budget(node: FakeNode, capsys: p
         ["qwen3", "ready", "4242", "40001", "1/4", "3", *memory, "-"],
         ["qwen3", "ready", "4243", "40001", "1/4", "0", *memory, "-"],
         ["bge", "ready", "(old)", "4242", "40001", "0/-", "0", "-", "1m"],
-        ["big:default", "waiting", "-", "-", "-", "2", "-", "-"],
-        ["bad:default", "failed", "(2", "times):", "exited", "with", "[1];", "next", "try", "in", "8s"],
+        ["big", "waiting", "-", "-", "-", "2", "-", "-"],
+        ["bad", "failed", "(2", "times):", "exited", "with", "[1];", "next", "try", "in", "8s"],
+        ["bad:fast", "failed:", "crashed"],
         ["budget:", "instances", "3", "of", "100,", "vram", "20,480", "of", "24,000", "MiB"],
     ]
 

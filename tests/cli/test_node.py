@@ -95,6 +95,11 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "llama-mesh serve" in error
 
 
+def test_https_on_a_plain_node_is_told_http(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ps", "--url", node.url.replace("http:", "https:")]) == 1
+    assert f"It may speak plain HTTP: try --url {node.url}." in capsys.readouterr().err
+
+
 def test_a_missing_or_wrong_key(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node.answers["GET /admin/instances"] = node.error(401, "authentication_error", "Unauthorized")
     assert run(["ps"]) == 1

@@ -29,12 +29,14 @@ def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixtu
         assert caught.value.code == 0
         text = capsys.readouterr().out
         assert "--json" in text
-        assert f"llama-mesh {name}" in text.split("examples:")[-1]
+        _, _, examples = text.partition("examples:")
+        assert f"llama-mesh {name}" in examples
     with pytest.raises(SystemExit):
         run(["--help"])
     overview = capsys.readouterr().out
     assert all(name in overview for name in names)
     assert "exit status: 0 done, 1 failed, 2 wrong usage" in overview
+    assert "where Ctrl-C is the normal end" in overview
 
 
 @pytest.mark.parametrize(
@@ -42,11 +44,16 @@ def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixtu
     [
         (["sevre"], "Did you mean 'serve'?"),
         (["frobnicate"], "The commands are serve"),
+        (["server"], "Did you mean 'serve'?"),
+        (["stop"], "The commands are serve"),
+        (["list"], "The commands are serve"),
         (["serve", "--prot", "1"], "--prot"),
         (["serve", "--port", "70000"], "not a port"),
         (["serve", "--log-level", "loud"], "debug"),
         (["prewarm"], "MODEL"),
-        (["prewarm", "m", "--timeout", "0"], "not a positive number"),
+        (["prewarm", "m", "--timeout", "0"], "'0' is not a positive number of seconds"),
+        (["prewarm", "m", "--timeout", "nan"], "'nan' is not a positive number of seconds"),
+        (["prewarm", "m", "--timeout", "1m"], "'1m' is not a positive number of seconds"),
     ],
 )
 def test_wrong_usage_is_exit_2_and_points_to_help(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from mesh.config.cookbook import build_catalog
 from mesh.config.cookbook_file import CookbookFile
 from mesh.config.diagnostics import ConfigErrors
 from mesh.config.llama_args import args_hash
-from mesh.config.profile import Engine, Profile
+from mesh.config.profile import Catalog, Engine, Profile
 from mesh.config.settings import Settings
+from mesh.errors import UnknownModelError
 from tests.config.files import Files
 
 CONCURRENT = "max_concurrent_requests_per_instance"
@@ -214,7 +216,9 @@ def test_an_alias_of_its_own_name_is_harmless(files: Files) -> None:
             "idle_timeout_seconds: expected a number or text such as '30s'",
         ),
         ("model_path: /m, env: [A=1]", "env: expected a mapping of variables"),
-        ("model_path: /m, env: {A: true}", "the value of A must be text or a number; put it in quotes"),
+        ("model_path: /m, env: {A: true}", "the value of A must be text or a number, got true; put it in quotes"),
+        ("model_path: /m, env: {A: {B: 1}}", "the value of A must be text or a number, got a mapping"),
+        ("model_path: /m, env: {A: ~}", "the value of A must be text or a number, got nothing; write ''"),
         ("model_path: /m, env: {'A=B': 1}", "'A=B' is not a variable's name"),
         ("model_path: /m, devices: {a: 1}", "devices: expected a list of GPUs"),
         ("model_path: /m, aliases: gpt", "aliases: expected a list"),
@@ -278,21 +282,76 @@ def test_one_broken_profile_hides_nothing_else(files: Files) -> None:
     ("profile", "expected"),
     [
         ("model_path: /nope.gguf", "model_path: there is no such file: '/nope.gguf'"),
-        ("llama_server_args: -m /x, hf_file: f", "hf_file: has no effect without 'hf_repo'"),
-        ("model_path: /nope, llama_server_args: -m /x", "model_path: has no effect"),
+        ("llama_server_args: -m m.gguf, hf_file: f", "hf_file: has no effect without 'hf_repo'"),
+        ("model_path: /nope, llama_server_args: -m m.gguf", "model_path: has no effect"),
+        ("llama_server_args: -m /nope.gguf", "llama_server_args: there is no such file: '/nope.gguf'"),
+        ("llama_server_args: --model=/nope.gguf", "llama_server_args: there is no such file: '/nope.gguf'"),
+        ("model_path: .", "model_path: '.' is a directory; name the GGUF file"),
+        ("model_path: page.html", "model_path: 'page.html' is not a GGUF file; is the download complete?"),
+        ("model_path: m.gguf, llama_server_args: --port 99999", "'--port 99999' is not a port (1 to 65535)"),
+        ("model_path: m.gguf, llama_server_args: -c 9 --host", "'--host' has no value; it will not start"),
+        ("model_path: page.html, engine: whisper", "engine: whisper cannot be started by this version"),
         ("hf_repo: a/b, llama_server_args: ['-c 4096']", "'-c' and its value together; in a list these are two items"),
         ("hf_repo: a/b, estimated_vram_mb: 30GB", "estimated_vram_mb: 30720 is more than all of max_vram_mb, 24576"),
     ],
 )
 def test_what_is_probably_not_meant_is_a_warning(files: Files, profile: str, expected: str) -> None:
+    files.write("m.gguf", "GGUF")
+    files.write("page.html", "<html>")
     (warning,) = files.warnings("max_vram_mb: 24GB", f"models:\n  - {{name: m, profiles: [{{{profile}}}]}}\n")
     assert warning.startswith("cookbook.yaml:2: models[0].profiles[0].")
     assert expected in warning
 
 
 def test_an_existing_model_file_is_no_warning(files: Files, tmp_path: Path) -> None:
-    model = files.write("m.gguf", "")
+    model = files.write("m.gguf", "GGUF")
     assert files.warnings(None, f"models: [{{name: m, profiles: [{{model_path: {model}}}]}}]") == []
+
+
+def test_a_pipe_as_model_is_not_waited_for(files: Files) -> None:
+    os.mkfifo(files.directory / "pipe")
+    (warning,) = files.warnings(None, "models: [{name: m, profiles: [{model_path: pipe}]}]")
+    assert "'pipe' is no file; name the GGUF file" in warning
+
+
+@pytest.mark.parametrize("profiles", ["", ", profiles: null", ", profiles: []"])
+def test_a_model_without_profiles_is_warned_of(files: Files, profiles: str) -> None:
+    (warning,) = files.warnings(None, f"models:\n  - {{name: off, enabled: false}}\n  - {{name: m{profiles}}}\n")
+    assert warning.startswith("cookbook.yaml:3: models[1]: 'm' has no profiles and is not served")
+
+
+def test_two_profiles_without_an_id_are_told_to_have_one(files: Files) -> None:
+    (error,) = errors(files, "{name: m, profiles: [{model_path: /a}, {model_path: /b}]}")
+    assert "give each profile an id" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("two", "; profiles: two:a, two:b"),
+        ("TWO:c", "; profiles: two:a, two:b"),
+        ("qwen3-8", "; did you mean 'Qwen3-8b'?"),
+        ("gpt-4o-min", "; did you mean 'gpt-4o-mini'?"),
+        ("mistral", ""),
+        ("qwen3-8b" * 100, ""),
+    ],
+)
+def test_an_unknown_model_says_what_may_have_been_meant(files: Files, name: str, hint: str) -> None:
+    """The sentence is llamesh's, clients may look for it; the hint comes after it."""
+    models = (
+        "{name: two, profiles: [{id: a, model_path: /m}, {id: b, model_path: /m}]}",
+        "{name: Qwen3-8b, profiles: [{model_path: /m, aliases: [gpt-4o-mini]}]}",
+    )
+    catalog = files.load(None, "models:\n" + "".join(f"  - {model}\n" for model in models)).catalog
+    with pytest.raises(UnknownModelError) as caught:
+        catalog.resolve(name)
+    assert caught.value.message == f"Model '{name}' not found in local cookbook or any peer{hint}"
+
+
+def test_the_list_of_profiles_is_short() -> None:
+    profiles = tuple(Profile(f"m:p{i}", f"m:p{i}", "m", f"p{i}", ()) for i in range(12))
+    with pytest.raises(UnknownModelError, match=r"; profiles: m:p0, .*m:p9, \.\.\.$"):
+        Catalog(profiles, {profile.key: profile for profile in profiles}).resolve("m")
 
 
 def test_build_catalog_refuses_contradictions() -> None:

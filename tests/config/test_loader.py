@@ -89,6 +89,40 @@ def test_unknown_variables_are_only_a_warning(files: Files) -> None:
     assert typo == "LLAMESH_MAX_VRAM: is not a setting and is ignored; did you mean 'LLAMESH_MAX_VRAM_MB'?"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("LLAMESH_AUTH_ENABLED", "LLAMESH_AUTH__ENABLED"),
+        ("LLAMESH_SERVER_TLS_CERT_PATH", "LLAMESH_SERVER_TLS__CERT_PATH"),
+        ("LLAMESH_CLUSTER_CIRCUIT_BREAKER_ENABLED", "LLAMESH_CLUSTER__CIRCUIT_BREAKER__ENABLED"),
+        ("LLAMESH_LISTEN_ADR", "LLAMESH_LISTEN_ADDR"),
+        ("LLAMESH_PORT", None),
+        ("LLAMESH_SERVICE_PORT", None),
+        ("LLAMESH_PORT_8080_TCP_ADDR", None),
+    ],
+)
+def test_a_mistyped_variable_is_told_the_right_one(files: Files, name: str, meant: str | None) -> None:
+    (warning,) = files.warnings(environ={name: "true"})
+    hint = f"; did you mean '{meant}'?" if meant else ""
+    assert warning == f"{name}: is not a setting and is ignored{hint}"
+
+
+def test_errors_carry_the_warnings(files: Files) -> None:
+    """A mistyped variable may be why there is an error; a guess at broken settings is worth nothing."""
+    files.write("config.yaml", "auth: {enabled: maybe, allowed_keys: [k]}")
+    with pytest.raises(ConfigErrors) as caught:
+        files.load(environ={"LLAMESH_AUTH_ENABLED": "true"})
+    assert [warning.file for warning in caught.value.warnings] == ["LLAMESH_AUTH_ENABLED"]
+
+
+def test_secrets_of_somebody_else_are_not_locked_away(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """root:llama-mesh 0640, as it was once installed: after chmod 600 alone the service could not read it."""
+    files.write("secrets.yaml", "auth: {}", mode=0o640)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    (warning,) = files.warnings()
+    assert warning.endswith("run: chown 12345 secrets.yaml && chmod 600 secrets.yaml, as root")
+
+
 def test_errors_of_all_sources_come_together(files: Files) -> None:
     """In reading order, file after file."""
     found = files.errors(
@@ -183,7 +217,8 @@ def test_a_default_model_that_is_not_there_is_warned_of(files: Files) -> None:
     (warning,) = files.warnings("max_hops: 1\ndefault_model: mm", COOKBOOK)
     assert warning.startswith("config.yaml:2: default_model: 'mm' is not in the cookbook; did you mean 'm'?")
     assert files.warnings("default_model: M", COOKBOOK) == []
-    assert files.warnings("default_model: far-away\ncluster: {enabled: true}", COOKBOOK) == []
+    (warning,) = files.warnings("default_model: far-away\ncluster: {enabled: true}", COOKBOOK)
+    assert "cluster.enabled: has no effect" in warning
 
 
 def test_loaded_carries_what_was_read(files: Files) -> None:

@@ -34,6 +34,7 @@ def test_examples_pass_the_real_validator(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(ROOT)
     loaded = load(config=CONFIG, cookbook=COOKBOOK, secrets=None, environ={})
     assert {"no such file" in warning.message for warning in loaded.warnings} == {True}
+    assert not any(profile.hf_repo for profile in loaded.catalog.profiles), "the default engine may not download"
     assert {"smollm2", "qwen3", "qwen3:long", "gpt-4o-mini"} <= set(loaded.catalog.names)
 
 

@@ -67,6 +67,30 @@ def test_config_values_are_as_lenient_as_llameshs(files: Files) -> None:
     assert (settings.logging.enabled, settings.logging.compression) == (True, False)
 
 
+def test_keys_are_written_as_in_llamesh(files: Files) -> None:
+    """With the scheme, for the header Authorization, or as numbers; clients send what follows 'Bearer'."""
+    auth = files.load(
+        "auth: {enabled: true, required_header: Authorization, allowed_keys: ['Bearer abc', 42]}"
+    ).settings.auth
+    assert auth.allowed_keys == ("abc", "42")
+    assert files.load("auth: {admin_keys: ['bearer  a', Bearer]}").settings.auth.admin_keys == ("a", "Bearer")
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ("cluster: {enabled: true, peers: ['b:1']}", "cluster.enabled"),
+        ("cluster: {peers: ['b:1']}", "cluster.peers"),
+        ("llama_cpp: {repo_url: https://x/y}", "llama_cpp.repo_url"),
+        ("llama_cpp: {auto_update_interval_seconds: 1h}", "llama_cpp.auto_update_interval_seconds"),
+        ("wedge_detector: {enabled: true}", "wedge_detector.enabled"),
+    ],
+)
+def test_what_does_nothing_yet_is_warned_of(files: Files, config: str, path: str) -> None:
+    (warning,) = files.warnings(config)
+    assert warning.startswith(f"config.yaml:1: {path}: has no effect in this version: ")
+
+
 def test_units(files: Files) -> None:
     settings = files.load("max_vram_mb: 24GB\nmax_sysmem_mb: auto\nshutdown_grace_period_seconds: 500ms").settings
     assert (settings.max_vram_mb, settings.max_sysmem_mb, settings.shutdown_grace_period_seconds) == (
@@ -111,7 +135,8 @@ def test_only_another_binary_path_is_a_choice(files: Files) -> None:
         ("auth: {enabled: true}", "auth.allowed_keys: auth.enabled is true but auth.allowed_keys is empty"),
         ("auth: {allowed_keys: [' ']}", "auth.allowed_keys[0]: is empty"),
         ("auth: {allowed_keys: ['a ']}", "auth.allowed_keys[0]: must be one line without spaces at its ends"),
-        ("auth: {allowed_keys: [007]}", "auth.allowed_keys[0]: expected text; put it in quotes"),
+        ("auth: {allowed_keys: [1.20]}", "auth.allowed_keys[0]: expected text; put it in quotes"),
+        ("auth: {allowed_keys: ['Basic abc']}", "auth.allowed_keys[0]: must be printable ASCII without spaces"),
         ("auth: {required_header: 'X Y'}", "auth.required_header: is not an HTTP header name"),
         ("auth: {required_header: ' '}", "auth.required_header: is empty"),
         ("auth: {enabled: maybe}", "auth.enabled: expected true or false, got 'maybe'"),
