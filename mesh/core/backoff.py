@@ -13,7 +13,7 @@ MAX_BACKOFF_S = 60.0
 class Failure:
     """The last load failure or crash of a profile. ``retry_at`` is on the caller's monotonic clock."""
 
-    kind: str  #: "load" or "crash"
+    kind: str  #: "load", "crash" or "engine" (there is none to run)
     reason: str
     count: int
     retry_at: float

@@ -24,6 +24,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from heapq import heapify, heappop, heappush
+from math import inf
 
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources, total
@@ -325,14 +327,16 @@ class _Draft:
         if not open_:
             return False
         busy = {i.id: i.busy for i in open_}
+        limit = {i.id: i.slots or inf for i in open_}
+        least_busy = [(n, id_) for id_, n in busy.items() if n < limit[id_]]
+        heapify(least_busy)
         slotted = demand.slotted
-        while slotted:
-            roomy = [i for i in open_ if i.slots == 0 or busy[i.id] < i.slots]
-            if not roomy:
-                break
-            best = min(roomy, key=lambda i: (busy[i.id], i.id))
-            busy[best.id] += 1
+        while slotted and least_busy:
+            n, id_ = heappop(least_busy)
+            busy[id_] = n + 1
             slotted -= 1
+            if n + 1 < limit[id_]:
+                heappush(least_busy, (n + 1, id_))
         free_to = min(open_, key=lambda i: (busy[i.id], i.id))
         for i in open_:
             share = Admit(i.id, demand.key, busy[i.id] - i.busy, demand.free if i is free_to else 0)

@@ -36,6 +36,8 @@ def sniff(prefix: bytes) -> Protocol | Undecided:
     match prefix[0]:
         case 0x00:
             return Protocol.NOISE
+        case 0x0D:  # an empty line before the first request, which HTTP/1.1 ignores
+            return NEED_MORE if len(prefix) == 1 else Protocol.HTTP1 if prefix[1] == 0x0A else UNKNOWN
         case 0x16:
             return NEED_MORE if len(prefix) == 1 else Protocol.TLS if prefix[1] == 0x03 else UNKNOWN
     found = _METHOD.match(prefix)
