@@ -1,8 +1,8 @@
 """The composition root: builds a node from its settings, starts it in order, and takes it down in order.
 
-Start: lock the state, logs, counters, engine and supervisor, listener, watchers. Stop, at the first SIGTERM or SIGINT:
-close the listening socket, serve what waits and runs for at most ``shutdown_grace_period_seconds``, stop all children
-in parallel, save the counters. A second signal kills the children and exits at once.
+Start: lock the state, logs, counters, engine and supervisor, listener, watchers. Stop, at the first SIGTERM, SIGINT or
+SIGHUP: close the listening socket, serve what waits and runs for at most ``shutdown_grace_period_seconds``, stop all
+children in parallel, save the counters. A second signal kills the children and exits at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import fcntl
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import IO
@@ -23,7 +23,7 @@ from mesh.api.auth import Authenticator
 from mesh.api.context import NodeContext
 from mesh.api.dataplane import DataPlane
 from mesh.api.server import build_app
-from mesh.config.loader import DEFAULT_COOKBOOK, Loaded, load_catalog
+from mesh.config.loader import DEFAULT_COOKBOOK, Diagnostic, Loaded, load_catalog
 from mesh.config.settings import Settings
 from mesh.config.watch import watch_cookbook
 from mesh.core.resources import RAM, VRAM, Resources
@@ -73,20 +73,27 @@ async def _serve(loaded: Loaded, logging: Logging) -> int:
 
 
 class _Signals:
-    """First SIGTERM or SIGINT: ``first`` is set. Second: *kill*, and the process ends right there."""
+    """First SIGTERM, SIGINT or SIGHUP: ``first`` is set. Second: *kill*, and the process ends right there.
+
+    A hang-up is never the second, for a terminal that closes may send several; under nohup it is not even the first.
+    """
 
     def __init__(self, kill: Callable[[], None]) -> None:
         self.first = asyncio.Event()
         self._kill = kill
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._received, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, self._received, number)
 
     def _received(self, number: signal.Signals) -> None:
         if not self.first.is_set():
             log.info("draining; a second signal stops at once", signal=number.name)
             self.first.set()
             return
+        if number is signal.SIGHUP:
+            return
+        log.warning("second signal: killing the children, stopping at once", signal=number.name)
         self._kill()
         os._exit(EXIT_KILLED)
 
@@ -97,6 +104,8 @@ class Node:
     def __init__(self, loaded: Loaded, logging: Logging) -> None:
         settings = loaded.settings
         self.settings = settings
+        self._loaded = loaded
+        self._warnings = _unplaced(loaded.warnings)  #: those that were told
         self._logging = logging
         self._cookbook_path = loaded.cookbook_path or DEFAULT_COOKBOOK  # one that appears later is loaded too
         self._metrics_path = Path(settings.metrics_path).expanduser()
@@ -132,8 +141,13 @@ class Node:
         self._tasks.append(spawn(watch_cookbook(self._cookbook_path, self._reload), "watch cookbook"))
         host, _ = self.settings.listen
         log.info("node started", node=self.settings.node_id, version=__version__, host=host, port=self.listener.port,
+                 config=_shown(self._loaded.config_path), cookbook=_shown(self._loaded.cookbook_path),
                  models=len(self.supervisor.catalog.profiles), engine=self._engine.version(),
                  engine_problem=self._engine.problem())  # fmt: skip
+        if self._loaded.cookbook_path is None:
+            log.warning(f"no cookbook: looked for {DEFAULT_COOKBOOK} in {Path.cwd()}; pass --cookbook")
+        if (missing := self._engine.missing()) is not None:
+            log.error("no model can be started: there is no engine", reason=missing.message)
 
     async def stop(self) -> None:
         """Drain, then stop everything; see the module docstring."""
@@ -142,7 +156,7 @@ class Node:
         for task in self._tasks:
             task.cancel()
         self.plane.begin_drain()
-        await self.supervisor.close(self.settings.shutdown_grace_period_seconds)
+        await self.supervisor.close(self.settings.shutdown_grace_period_seconds, lambda: self.plane.busy)
         await self.listener.close()
         await self.plane.close(LAST_BYTES_S)
         await self._launcher.close()
@@ -166,12 +180,25 @@ class Node:
         try:
             catalog, warnings = await asyncio.to_thread(load_catalog, self._cookbook_path, self.settings, version)
         except ConfigError as error:
-            log.error("cookbook_reload_failed; the old cookbook stays in force", errors=str(error).splitlines())
+            log.error("cookbook_reload_failed; the old cookbook stays in force", cookbook=_shown(self._cookbook_path),
+                      errors=str(error).splitlines())  # fmt: skip
             return
         for warning in warnings:
-            log.warning("cookbook", warning=str(warning))
+            if not _unplaced([warning]) <= self._warnings:
+                log.warning("cookbook", warning=str(warning))
+        self._warnings = _unplaced(warnings)
         self.supervisor.apply_catalog(catalog)
-        log.info("cookbook reloaded", version=version, models=len(catalog.profiles))
+        log.info("cookbook reloaded", cookbook=_shown(self._cookbook_path), version=version,
+                 models=len(catalog.profiles))  # fmt: skip
+
+
+def _shown(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _unplaced(warnings: Iterable[Diagnostic]) -> frozenset[str]:
+    """Return *warnings* without their lines, which an edit above them moves."""
+    return frozenset(f"{warning.path} {warning.message}".strip() for warning in warnings)
 
 
 def listener(settings: Settings, plane: DataPlane) -> Listener:
@@ -199,7 +226,7 @@ class EngineStatus:
         self._find = find
         self._looked_at = float("-inf")
         self._version: str | None = None
-        self._problem: str | None = None
+        self._missing: EngineMissingError | None = None
 
     def version(self) -> str | None:
         self._look()
@@ -207,8 +234,12 @@ class EngineStatus:
 
     def problem(self) -> str | None:
         """Return why no instance can be started, or None. The short words are llamesh's."""
+        return "Binary missing" if self.missing() else None
+
+    def missing(self) -> EngineMissingError | None:
+        """Return what to do about it, if there is no engine."""
         self._look()
-        return self._problem
+        return self._missing
 
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -216,9 +247,9 @@ class EngineStatus:
             return
         self._looked_at = now
         try:
-            self._version, self._problem = self._find().version, None
-        except EngineMissingError:
-            self._version, self._problem = None, "Binary missing"
+            self._version, self._missing = self._find().version, None
+        except EngineMissingError as error:
+            self._version, self._missing = None, error
 
 
 def limits(settings: Settings) -> Limits:

@@ -134,3 +134,4 @@ class EngineMissingError(InstanceError):
     """There is no llama-server to run. The message lists the ways to get one."""
 
     type = "engine_missing"
+    source = "mesh"

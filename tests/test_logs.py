@@ -121,7 +121,7 @@ def test_an_access_line_leaves_out_what_is_not_known(output: Output, logging_on:
         method="POST",
         path="/v1/chat/completions",
         status=200,
-        duration_s=1.2345678,
+        duration_s=1.2345678,  # rounded, not cut: 1.88 s are no 1879.999 ms
         model="smol",
         instance="i-1",
         bytes_out=99,
@@ -138,7 +138,7 @@ def test_an_access_line_leaves_out_what_is_not_known(output: Output, logging_on:
         "method": "POST",
         "path": "/v1/chat/completions",
         "status": 200,
-        "duration_ms": 1234.567,
+        "duration_ms": 1234.568,
         "model": "smol",
         "instance": "i-1",
         "bytes_out": 99,

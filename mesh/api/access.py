@@ -19,10 +19,18 @@ from mesh.api.context import NodeContext
 from mesh.api.request_scope import header, sane_request_id
 from mesh.api.responses import error_response, internal_error
 from mesh.api.routes import BY_PATH, Dialect
-from mesh.errors import AuthError, MeshError
+from mesh.errors import AuthError, MeshError, RequestError
 from mesh.logs import Log
 
 _log = Log(__name__)
+
+
+class NotAdminError(RequestError):
+    """The key is known, but not one of ``auth.admin_keys``."""
+
+    status = 403
+    type = "permission_error"
+
 
 PUBLIC_PATHS: Final = frozenset({"/health", "/healthz", "/readyz", "/version"})
 _ADMIN_PREFIX: Final = "/admin/"
@@ -94,9 +102,11 @@ class _Exchange:
     def _check_key(self) -> None:
         if self._path in PUBLIC_PATHS:
             return
-        admin = self._path.startswith(_ADMIN_PREFIX)
-        if not authorised(self._ctx.authenticator, self._scope["headers"], admin=admin):
+        authenticator, headers = self._ctx.authenticator, self._scope["headers"]
+        if not authorised(authenticator, headers):
             raise AuthError("Unauthorized")
+        if self._path.startswith(_ADMIN_PREFIX) and not authorised(authenticator, headers, admin=True):
+            raise NotAdminError("this route needs one of auth.admin_keys")
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,5 +1,7 @@
 """Streams the output of a model's instances as text, like ``tail -f``, also across restarts of the instance.
 
+Where nothing runs, it says why: the last failure, with the last lines of the instance that failed.
+
 A viewer that does not read costs the node nothing: its subscription drops lines (trap 20), and everything that belongs
 to a viewer ends with it, whether the client leaves, the node drains or the task is cancelled.
 """
@@ -40,16 +42,27 @@ class LogStream(Response):
         else:
             rings = self._rings()
             text = "".join(_block(name, ring.tail(self._tail), len(rings) > 1) for name, ring in rings)
+            text = text if rings else self._last_words()
             await send({"type": "http.response.body", "body": text.encode("utf-8", "replace")})
 
     def _rings(self) -> Sequence[tuple[str, LogRing]]:
         return self._ctx.supervisor.log_ring(self._key)
+
+    def _last_words(self) -> str:
+        """Return what is known of a model of which nothing runs."""
+        failure = self._ctx.supervisor.failures().get(self._key)
+        if failure is None:
+            return "nothing runs and nothing failed\n"
+        tail = list(failure.log_tail)[-self._tail :] if self._tail else []
+        return _block("", [*tail, f"not running; last failure: {failure.reason}"], False)
 
     async def _stream(self, receive: Receive, send: Send) -> None:
         """Send lines until the client leaves or the node drains."""
         followers = _Followers()
         gone = spawn(_disconnected(receive), f"logs {self._key}: watch client")
         try:
+            if not self._rings():
+                await _send_text(send, self._last_words())
             while not (gone.done() or self._ctx.draining):
                 followers.follow(self._rings(), self._tail)
                 await _send_text(send, await followers.lines(gone))

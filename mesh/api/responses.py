@@ -44,6 +44,18 @@ class HeadTimeoutError(ProtocolError):
     type = "request_timeout"
 
 
+class RequestExpiredError(MeshError):
+    """The request as a whole took longer than ``max_request_duration_ms``."""
+
+    type = "request_timeout"
+
+    def __init__(self, limit_s: float, *, queued: bool) -> None:
+        where = "while it waited in the queue" if queued else "while the instance worked on it"
+        text = f"Request timed out {where}: it took longer than {limit_s:g} s (max_request_duration_ms)"
+        super().__init__(text, retry_after_s=5 if queued else None)
+        self.status = 503 if queued else 502  # type: ignore[misc]  # as llamesh answers them
+
+
 class MethodNotAllowedError(MeshError):
     """The path exists with other methods; ``allow`` lists them."""
 

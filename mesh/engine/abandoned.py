@@ -35,25 +35,28 @@ def abandon(instance: Instance, post: Callable[[Callable[[], None]], None], *, s
 
 async def _watch(instance: Instance, post: Callable[[Callable[[], None]], None], delays_s: tuple[float, ...]) -> None:
     loop, looks = asyncio.get_running_loop(), 0
-    while instance.abandoned and instance.state in (State.READY, State.DRAINING):
-        await asyncio.sleep(delays_s[min(looks, len(delays_s) - 1)])
-        looks, asked_at = looks + 1, loop.time()
-        busy = await instance.runner.busy_slots()
-        if busy is None:
-            await asyncio.sleep(BLIND_S - delays_s[0])
-        post(_Seen(instance, busy or 0, asked_at))
-    instance.watching = False
+    try:
+        while instance.abandoned and instance.state in (State.READY, State.DRAINING):
+            await asyncio.sleep(delays_s[min(looks, len(delays_s) - 1)])
+            looks, asked_at, number = looks + 1, loop.time(), instance.abandoned
+            busy = await instance.runner.busy_slots()
+            if busy is None:
+                await asyncio.sleep(BLIND_S - delays_s[0])
+            post(_Seen(instance, number, busy or 0, asked_at))
+    finally:
+        instance.watching = False
 
 
 class _Seen:
-    """The event "the child had so many busy slots at that time"."""
+    """The event "the child had so many busy slots at that time, when *abandoned* requests were"."""
 
-    def __init__(self, instance: Instance, busy_slots: int, asked_at: float) -> None:
-        self.instance, self.busy_slots, self.asked_at = instance, busy_slots, asked_at
+    def __init__(self, instance: Instance, abandoned: int, busy_slots: int, asked_at: float) -> None:
+        self.instance, self.abandoned, self.busy_slots, self.asked_at = instance, abandoned, busy_slots, asked_at
 
     def __call__(self) -> None:
         instance = self.instance
         settled = sum(1 for x in instance.leases if x.needs_slot and x.granted_at < self.asked_at - SETTLED_S)
-        still = max(0, min(instance.abandoned, self.busy_slots - settled))
-        instance.busy -= instance.abandoned - still
-        instance.abandoned = still
+        still = max(0, min(self.abandoned, self.busy_slots - settled))
+        ended = self.abandoned - still  # what was abandoned since is the next look's business
+        instance.busy -= ended
+        instance.abandoned -= ended

@@ -4,6 +4,7 @@ The wheel's extension module exports llama.cpp's own
 ``bool common_params_parse(int, char **, common_params &, llama_example, void (*)(int, char **))``, and its
 ``CommonParams`` object holds a ``common_params`` right after PyObject_HEAD. So llama.cpp's parser fills that in, and
 ``Server(params)`` runs llama.cpp's HTTP server on it: every flag, environment variable and error text is llama.cpp's.
+Models that are given by name (``-hf``, ``-mu``) are downloaded in between by llama.cpp's ``common_models_handler``.
 The C++ layout is no API, hence ``PIN``. Router mode (no model given) is not in the wheel.
 
 Runs as a script, ``python -I -S embedded.py ARGS``, and imports nothing of mesh: neither ``site`` nor the wheel's own
@@ -21,6 +22,12 @@ PIN = "2026.10.11549"
 #: ``enum llama_example`` in common/common.h of b11549; the parser offers the flags of that program
 LLAMA_EXAMPLE_SERVER = 12
 PARSE_SYMBOL = "_Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E"
+DOWNLOAD_INIT_SYMBOL = "_Z26common_models_handler_initRK13common_params13llama_example"
+DOWNLOAD_APPLY_SYMBOL = (
+    "_Z27common_models_handler_applyR21common_models_handlerR13common_paramsP24common_download_callback"
+)
+#: far more than a ``common_models_handler`` takes; it is never freed
+HANDLER_BYTES = 1 << 16
 #: after SIGTERM llama.cpp waits, possibly for ever, for requests in progress; this is how long it may
 STOP_LIMIT_S = 10
 
@@ -34,8 +41,18 @@ def main(argv: list[str]) -> int:
     params.port = 8080
     if not _parse(module.__file__, argv, params):
         return 1
-    if not params.model.path and not params.model.hf_repo:
+    named = bool(params.model.hf_repo or params.model.url or params.model.docker_repo)
+    if not params.model.path and not named:
         return _fail("no model given (router mode is not available in this build); use -m FILE")
+    if os.uname().machine == "x86_64":
+        _download(module.__file__, params)
+    elif named:
+        return _fail(
+            "the embedded engine cannot download models on this machine; "
+            "use model_path, or your own llama-server (llama_cpp.binary_path)"
+        )
+    if not params.model.path:
+        return _fail("the model could not be downloaded; see the lines above, or download it and use model_path")
     try:
         server = module.Server(params)  # HTTP is up at once and answers 503; returns when the model is loaded
     except Exception as error:
@@ -98,6 +115,24 @@ def _parse(library: str, argv: list[str], params: Any) -> bool:
     arguments = (ctypes.c_char_p * (len(argv) + 1))(*[os.fsencode(argument) for argument in argv], None)
     address = id(params) + object.__basicsize__
     return bool(parse(len(argv), arguments, address, LLAMA_EXAMPLE_SERVER, None))
+
+
+def _download(library: str, params: Any) -> None:
+    """Fetch what *params* names but this machine lacks, and put the files' paths into *params*.
+
+    The handler is a C++ object returned by value: on x86-64 into memory that the caller passes as a hidden first
+    argument. Other machines pass it in ways that ctypes cannot. An exception of C++ ends the process, with its text.
+    """
+    import ctypes
+
+    engine = ctypes.CDLL(library)
+    init, apply = engine[DOWNLOAD_INIT_SYMBOL], engine[DOWNLOAD_APPLY_SYMBOL]
+    init.restype, init.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    apply.restype, apply.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    handler = ctypes.create_string_buffer(HANDLER_BYTES)
+    address = id(params) + object.__basicsize__
+    init(handler, address, LLAMA_EXAMPLE_SERVER)
+    apply(handler, address, None)
 
 
 def _signal_pipe() -> int:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 #: what llama.cpp, ggml, the C++ runtime and the dynamic linker say when they give up
 _COMPLAINT = re.compile(
-    r"(?-i:(?:^|\s)E\s)|\berror\b|\bfailed\b|cannot|couldn't|unable to|GGML_ASSERT|terminate called"
-    r"|out of memory|no such file",
+    r"(?-i:(?:^|\s)E\s)|\berror\b|\bfailed\b|cannot|couldn't|could not|unable to|GGML_ASSERT|terminate called"
+    r"|what\(\):|out of memory|no such file",
     re.IGNORECASE,
 )
 #: complaints that only repeat an earlier one
-_ECHO = re.compile(r"exiting due to|Failed to init server|failed to load model|error loading model\s*$")
+_ECHO = re.compile(
+    r"exiting due to|terminate called|Failed to init server|failed to load model|error loading model\s*$"
+)
 _PREFIX = re.compile(r"^(?:\d+\.)+\d+\s+[A-Z]\s+")  # llama.cpp's time and level
 _HINTS = {
     -signal.SIGKILL: "killed by SIGKILL; if nobody did that on purpose, the system ran out of memory",
@@ -32,7 +34,8 @@ def describe_exit(returncode: int, log_tail: Sequence[str], *, asked: bool = Fal
     if asked:
         return f"llama-server stopped: {how}"
     cause = first_complaint(log_tail)
-    return f"llama-server ended by itself: {how}" + (f": {cause}" if cause else "")
+    ended = f"llama-server ended by itself: {how}"
+    return f"{cause} ({ended})" if cause else ended
 
 
 def first_complaint(log_tail: Sequence[str]) -> str | None:

@@ -14,7 +14,7 @@ from mesh.engine.instances import launch_identity
 class FailureInfo:
     """A failure for people."""
 
-    kind: str  #: "load" or "crash"
+    kind: str  #: "load", "crash" or "engine" (there is none to run)
     reason: str
     count: int  #: in a row
     retry_in_s: float  #: 0 = with the next request
@@ -43,7 +43,7 @@ class FailureBook:
 
     def started(self, key: str) -> None:
         """A load succeeded: earlier load failures are history. Crashes are not: it may crash again at once."""
-        if (failure := self._by_key.get(key)) is not None and failure.kind == "load":
+        if (failure := self._by_key.get(key)) is not None and failure.kind != "crash":
             del self._by_key[key]
 
     def forget_changed(self, old: Catalog, new: Catalog) -> None:

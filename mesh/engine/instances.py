@@ -75,6 +75,7 @@ class Instance:
     reported_slots: int | None = None
     limit: float = 1  #: ``slots``, with infinity for "unlimited"; looked at for every request
     leases: set[ActiveLease] = field(default_factory=set)
+    looks: set[ActiveLease] = field(default_factory=set)  #: of requests that only look: they do not make it active
     busy: int = 0  #: slots taken: by leases, and by abandoned requests that the child still computes
     abandoned: int = 0  #: of those, the ones whose client is gone
     watching: bool = False  #: a task asks the child how many slots are busy
@@ -92,6 +93,11 @@ class Instance:
         self.profile = profile
         self.footprint = footprint(profile)
         self.limit = self.slots or math.inf
+
+    @property
+    def in_use(self) -> bool:
+        """Whether stopping it now would cut somebody off."""
+        return bool(self.leases or self.looks)
 
     @property
     def slots(self) -> int:

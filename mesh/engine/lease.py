@@ -55,6 +55,10 @@ class Waiter(Protocol):
     Both may be called inside ``submit`` itself, and both must return quickly and not raise.
     """
 
+    @property
+    def only_looks(self) -> bool:
+        """Whether it takes no slot and is no use of the instance either: one that is idle stays idle."""
+
     def admitted(self, lease: Lease) -> None:
         """An instance is ready and a place in it is taken for this request."""
 

@@ -46,8 +46,11 @@ def find_engine(settings: LlamaCppSettings) -> EngineBinary:
     mistake. The default one is merely preferred.
     """
     path = Path(settings.binary_path).expanduser()
-    if path.is_file():
-        return _binary(path, "configured")
+    try:
+        if path.is_file():
+            return _binary(path, "configured")
+    except OSError as error:
+        raise EngineMissingError(f"llama_cpp.binary_path {path} cannot be looked at: {error.strerror}") from error
     if "binary_path" in settings.model_fields_set:
         what = "is a directory" if path.is_dir() else "does not exist"
         raise EngineMissingError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mesh.config.profile import Profile
 from mesh.engine.lease import Admission, Lease
@@ -14,6 +15,7 @@ from mesh.errors import MeshError
 class Prewarm:
     """Waits for an instance, but has nothing to be served: a node that stops need not wait for it."""
 
+    only_looks: ClassVar[bool] = False
     ready: asyncio.Future[str]
 
     def admitted(self, lease: Lease) -> None:

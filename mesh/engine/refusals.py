@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mesh.config.profile import Profile
 from mesh.core.backoff import Failure
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.core.scheduler import InstanceView, Refusal
+from mesh.engine import llama
 from mesh.errors import (
     CapacityError,
+    EngineMissingError,
     InstanceError,
     MeshError,
     QueueFullError,
@@ -67,13 +70,21 @@ def refused(
 def failed(model: str, failure: Failure, now: float) -> InstanceError:
     """Return the error for a model that does not start, with its last log lines."""
     wait_s = max(0, math.ceil(failure.retry_at - now))
-    what = "failed to start" if failure.kind == "load" else "crashed"
+    what = "crashed" if failure.kind == "crash" else "failed to start"
     parts = [f"'{model}' {what}: {failure.reason}"]
     if failure.count > 1:
         parts.append(f"; {failure.count} failures in a row, next try in {wait_s} s")
     if failure.log_tail:
         parts.append("; last log lines:\n" + "\n".join(failure.log_tail[-QUOTED_LINES:]))
-    return InstanceError("".join(parts), retry_after_s=max(1, wait_s))
+    kind = EngineMissingError if failure.kind == "engine" else InstanceError
+    return kind("".join(parts), retry_after_s=max(1, wait_s))
+
+
+def to_correct(reason: str, profile: Profile) -> str:
+    """Return *reason* with what an operator can correct, for a child that did not accept what it was started with."""
+    model = llama.expected_model(profile) or profile.hf_repo
+    what = f"the model ({model}) or the arguments" if model else "the arguments"
+    return f"{reason}; if it stays like this, correct {what} of '{profile.id}' in the cookbook"
 
 
 def _memory(amount: Resources) -> str:

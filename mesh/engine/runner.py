@@ -27,18 +27,22 @@ from mesh.engine.lease import Endpoint
 from mesh.engine.locate import EngineBinary, LlamaCppSettings, find_engine
 from mesh.engine.probe import Prober
 from mesh.engine.stall import StallClock, silence_limit_s
-from mesh.errors import MeshError
 from mesh.host.logring import LogRing
 from mesh.host.memory import sample_tree_async
 from mesh.host.ports import PortAllocator
 from mesh.host.process import Process
 from mesh.host.warden import Warden
+from mesh.logs import Log
+
+_log: Final = Log(__name__)
 
 FIRST_PROBE_S: Final = 0.025
 SLOWEST_PROBE_S: Final = 0.25
 SHORTEST_PAUSE_S: Final = 0.01
 #: between two samples of what the process tree does; only taken while there is no output
 SAMPLE_EVERY_S: Final = 1.0
+#: how often a child that is ready is asked for its properties before it counts as one that has none
+PROPERTIES_TRIES: Final = 3
 #: lines of the log that a report carries
 TAIL_LINES: Final = 40
 
@@ -118,7 +122,7 @@ class Runner:
             self._process = Process.start(
                 command.argv, env=command.env, on_exit=self._exited, ring=self.ring, warden=self._host.warden
             )
-        except MeshError:
+        except Exception:
             ports.release(port, rest=False)
             raise
         self.command = command.argv
@@ -166,10 +170,19 @@ class Runner:
     # -- readiness
 
     async def _become_ready(self, process: Process) -> None:
-        """Report ``Healthy`` or ``Stalled``; cancelled by exit and stop."""
+        """Report ``Healthy`` or ``Stalled``, whatever happens: nobody else would; cancelled by exit and stop."""
+        try:
+            await self._watch_load(process)
+        except Exception as error:
+            _log.exception("watching a load failed unexpectedly", instance=self.instance_id)
+            self._report(Stalled(f"it cannot be probed: {error!r}"))
+
+    async def _watch_load(self, process: Process) -> None:
         if not await self._healthy_in_time(process):
             return
-        info = await self._host.prober.properties(self.endpoint)
+        info: Mapping[str, Any] = {}
+        for _ in range(PROPERTIES_TRIES):  # a child that is busy at once may be slow to tell
+            info = info or await self._host.prober.properties(self.endpoint)
         if (impostor := _other_model(self.profile, info)) is not None:
             port = self.endpoint.port
             self._report(Stalled(f"port {port} is answered by another server, which serves {impostor}"))

@@ -43,13 +43,16 @@ from mesh.engine.lease import Ticket, Waiter
 from mesh.engine.prewarm import Prewarm, prewarm
 from mesh.engine.queues import ADMITTED, Place, Queues
 from mesh.engine.runner import Exited, Healthy, Report, Stalled
-from mesh.errors import DrainingError, MeshError
+from mesh.errors import DrainingError, EngineMissingError, InstanceError, MeshError
 from mesh.host.logring import LogRing
 from mesh.logs import Log
 from mesh.metrics import Metrics
 from mesh.tasks import wall_time
 
 log = Log(__name__)
+
+#: How often a closing node looks whether it is done.
+DRAIN_LOOK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +91,8 @@ class Supervisor:
         self._settling = False
         self._closing = False
         self._closing_since = float("inf")
-        self._idle = asyncio.Event()  #: set when, while closing, no request waits or runs
-        self._empty = asyncio.Event()  #: set when, while closing, no process is left
+        self._stopped = False  #: the grace is over: nothing is started or queued any more
+        self._empty = asyncio.Event()  #: set when, after the stop, no process is left
         self._serial = count(1)
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -132,9 +135,8 @@ class Supervisor:
 
     def _no_room_to_wait(self, place: Place) -> MeshError | None:
         """Return why *place* may not queue, or None. One that would be admitted at once always may."""
-        if (
-            self._closing and place.since >= self._closing_since
-        ):  # one that is sent again after a crash was let in before
+        let_in = place.since < self._closing_since  # one that is sent again after a crash was let in before the drain
+        if self._stopped or (self._closing and not let_in):
             return DrainingError("Node is draining for shutdown")
         profile = self.catalog.names.get(place.key)
         if profile is None or self._open_instance(place.key, place.needs_slot) is not None:
@@ -150,9 +152,14 @@ class Supervisor:
     def _grant(self, instance: Instance, waiter: Waiter, needs_slot: bool) -> None:
         """Count first, then tell: the count must be right whatever the waiter does next."""
         lease = ActiveLease(instance.runner.endpoint, instance, needs_slot, self._loop.time(), self._ended)
-        instance.leases.add(lease)
         if needs_slot:
+            instance.leases.add(lease)
             instance.busy += 1
+        elif waiter.only_looks:
+            instance.looks.add(lease)
+            lease.on_end = self._looked
+        else:
+            instance.leases.add(lease)
         instance.fresh = False
         try:
             waiter.admitted(lease)
@@ -192,6 +199,15 @@ class Supervisor:
         elif not self._hand_over(lease, instance):
             self._post(partial(self._give_back, lease, abandoned))
 
+    def _looked(self, lease: ActiveLease, abandoned: bool) -> None:
+        self._post(partial(self._give_back_look, lease))
+
+    def _give_back_look(self, lease: ActiveLease) -> None:
+        instance = lease.instance
+        instance.looks.discard(lease)
+        if not instance.in_use and instance.state is State.DRAINING:
+            self._step(instance, Event.IDLE)
+
     def _hand_over(self, lease: ActiveLease, instance: Instance) -> bool:
         """Give the place of a request that ended to the next one of its profile, if the plan would do just that."""
         key, queues = instance.profile.key, self._queues
@@ -222,7 +238,7 @@ class Supervisor:
                 abandon(instance, self._post, soon=lease.streaming)
             else:
                 instance.busy -= 1
-        if not instance.leases and instance.state is State.DRAINING:
+        if not instance.in_use and instance.state is State.DRAINING:
             self._step(instance, Event.IDLE)
 
     # -- events and decisions -----------------------------------------------------------------------------------
@@ -255,11 +271,8 @@ class Supervisor:
         for decision in result.decisions:
             self._carry_out(decision)
         self._alarm.reset(scheduler.next_wakeup(world))
-        if self._closing:
-            if not self._queues.total and not any(i.leases for i in self._instances.values()):
-                self._idle.set()
-            if not self._instances:
-                self._empty.set()
+        if self._stopped and not self._instances:
+            self._empty.set()
 
     def _snapshot(self) -> Snapshot:
         demands = self._queues.demands()
@@ -328,10 +341,19 @@ class Supervisor:
         try:
             runner.start()
         except MeshError as error:
-            self._report(instance_id, Exited(None, error.message, ()))
+            self._post(partial(self._not_started, instance, error))
+        except Exception as error:  # a bug, or an error that nobody foresaw: no process will ever report
+            log.exception("starting an instance failed unexpectedly", instance=instance_id)
+            self._post(partial(self._not_started, instance, InstanceError(f"cannot be started: {error!r}")))
         else:
             port = runner.endpoint.port
             log.info("instance started", instance=instance_id, model=profile.id, pid=runner.pid, port=port)
+
+    def _not_started(self, instance: Instance, error: MeshError) -> None:
+        """No process came of it."""
+        self._step(instance, Event.EXITED)
+        kind = "engine" if isinstance(error, EngineMissingError) else "load"
+        self._failed(instance.profile, kind, error.message, (), 0.0)
 
     def _report(self, instance_id: str, report: Report) -> None:
         self._post(partial(self._reported, instance_id, report))
@@ -357,11 +379,13 @@ class Supervisor:
         """Tell the three ends apart (trap 29): load failure, crash, and a stop that was asked for."""
         state, profile = instance.state, instance.profile
         self._step(instance, Event.EXITED)
-        lived_s = self._loop.time() - instance.started_at
+        lived_s = self._loop.time() - instance.ready_since if instance.ready_wall is not None else 0.0
         if state is State.STOPPING:
             log.info("instance stopped", instance=instance.id, model=profile.id, returncode=report.returncode)
         elif state is State.SPAWNING:
-            self._failed(profile, "load", report.reason, report.log_tail, lived_s)
+            refused = report.returncode == 1  # how llama-server ends when a file or an argument is wrong
+            reason = refusals.to_correct(report.reason, profile) if refused else report.reason
+            self._failed(profile, "load", reason, report.log_tail, lived_s)
         else:
             self._metrics.crashes_total += 1
             self._failed(profile, "crash", report.reason, report.log_tail, lived_s)
@@ -371,7 +395,7 @@ class Supervisor:
         failure = self._failures.record(profile.key, kind, reason, tail, lived_s)
         fields = {"kind": kind, "reason": reason, "failures_in_a_row": failure.count, "log_tail": list(tail)}
         log.error("instance failed", model=profile.id, **fields)
-        if kind == "load":
+        if kind != "crash":
             self._metrics.spawn_failures_total += 1
             if profile.key not in self._ready:
                 error = refusals.failed(profile.id, failure, self._loop.time())
@@ -409,7 +433,7 @@ class Supervisor:
     def _effect(self, instance: Instance, effect: Effect) -> None:
         match effect:
             case Effect.CHECK_IDLE:
-                if not instance.leases:
+                if not instance.in_use:
                     self._step(instance, Event.IDLE)
             case Effect.TERMINATE:
                 instance.runner.terminate()
@@ -467,18 +491,28 @@ class Supervisor:
                 self._queues.remove(place)
                 self._refuse(place, DrainingError("Node is draining for shutdown"))
 
-    async def close(self, grace_s: float) -> None:
-        """Serve what is there for at most *grace_s* seconds, then refuse the rest and stop all children in parallel."""
+    async def close(self, grace_s: float, busy: Callable[[], bool] = lambda: False) -> None:
+        """Serve what is there for at most *grace_s* seconds, then refuse the rest and stop all children in parallel.
+
+        *busy* tells of requests that are not here at the moment, but will (again) be: bodies that are still being
+        read, requests between a crash and their second attempt.
+        """
         self.begin_drain()
         try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                while self._serving() or busy():  # noqa: ASYNC110  # several owners, none of whom signals
+                    await asyncio.sleep(DRAIN_LOOK_S)
         except TimeoutError:
             log.warning("shutdown grace is over", waiting=self._queues.total, grace_s=grace_s)
         self._post(self._stop_all)
         await self._empty.wait()
         self._alarm.reset(None)
 
+    def _serving(self) -> bool:
+        return bool(self._queues.total) or any(i.in_use for i in self._instances.values())
+
     def _stop_all(self) -> None:
+        self._stopped = True
         for key in self._queues.keys:
             for place in self._queues.pop_all(key):
                 self._refuse(place, DrainingError("Node is draining for shutdown"))

@@ -79,7 +79,7 @@ class Warden:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(message.encode())
-        except OSError:
+        except (OSError, ValueError):  # it died; or it was closed, at the very end
             return False
         return True
 

@@ -10,7 +10,7 @@ from mesh.api import log_stream
 from mesh.host.logring import LogRing
 from tests.api.asgi import Exchange, request
 from tests.api.node import Node
-from tests.fakes_supervisor import FakeRing
+from tests.fakes_supervisor import FakeFailure, FakeRing
 
 FOLLOW = "/admin/logs?model=Smol&follow=true"
 
@@ -39,9 +39,31 @@ async def test_several_instances_are_told_apart() -> None:
     assert answer.body == b"==> i-1 <==\none\n==> i-2 <==\ntwo\n"
 
 
-async def test_a_model_that_never_ran_has_no_lines() -> None:
+async def test_a_model_that_never_ran_says_so() -> None:
     answer = await request(Node().app, "GET", "/admin/logs?model=Smol")
-    assert (answer.status, answer.body) == (200, b"")
+    assert (answer.status, answer.body) == (200, b"nothing runs and nothing failed\n")
+
+
+async def test_a_model_that_failed_says_why() -> None:
+    """Exactly then somebody reads the log."""
+    node = Node()
+    node.supervisor.failed = {"smol:default": FakeFailure("out of memory", 1, 0.0, ("one", "two", "three"))}
+    answer = await request(node.app, "GET", "/admin/logs?model=Smol&lines=2")
+    assert answer.body == b"two\nthree\nnot running; last failure: out of memory\n"
+    answer = await request(node.app, "GET", "/admin/logs?model=Smol&lines=0")
+    assert answer.body == b"not running; last failure: out of memory\n"
+    node.supervisor.rings = {"smol:default": [("i-2", FakeRing("loading"))]}
+    assert (await request(node.app, "GET", "/admin/logs?model=Smol")).body == b"loading\n"
+
+
+async def test_following_a_model_that_failed_goes_on_with_the_next_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_stream, "_LOOK_AGAIN_S", 0.01)
+    node = Node()
+    node.supervisor.failed = {"smol:default": FakeFailure("boom", 1, 0.0, ("one",))}
+    async with Exchange(node.app, "GET", FOLLOW) as exchange:
+        await exchange.text_until("not running; last failure: boom\n")
+        node.supervisor.rings["smol:default"] = [("i-2", FakeRing("hello"))]
+        assert await exchange.text_until("hello\n") == "one\nnot running; last failure: boom\nhello\n"
 
 
 @pytest.mark.parametrize(
@@ -88,8 +110,9 @@ async def test_a_follower_may_come_before_the_first_instance(monkeypatch: pytest
     monkeypatch.setattr(log_stream, "_LOOK_AGAIN_S", 0.01)
     node = node_with()
     async with Exchange(node.app, "GET", FOLLOW) as exchange:
+        await exchange.text_until("nothing runs and nothing failed\n")
         node.supervisor.rings["smol:default"] = [("i-1", FakeRing("hello"))]
-        assert await exchange.text_until("hello\n") == "hello\n"
+        assert await exchange.text_until("hello\n") == "nothing runs and nothing failed\nhello\n"
 
 
 async def test_a_follower_that_leaves_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:

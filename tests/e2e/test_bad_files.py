@@ -126,8 +126,10 @@ class TestFiles:
         )
         assert node.http.get("/readyz").status_code == 503
         error = node.chat("alpha").json()["error"]
-        assert error["type"] in ("engine_missing", "instance_failed")
+        assert (error["type"], error["source"]) == ("engine_missing", "mesh")
         assert "/nowhere/llama-server" in error["message"]
+        (line,) = [line for line in node.log("no model can be started") if line["level"] == "ERROR"]
+        assert "llama_cpp.binary_path /nowhere/llama-server does not exist" in line["fields"]["reason"]
 
     def test_an_engine_that_cannot_run(self, models: Models, start_node: StartNode, tmp_path: Path) -> None:
         binary = tmp_path / "llama-server"

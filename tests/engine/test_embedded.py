@@ -20,6 +20,7 @@ from mesh.engine.locate import EngineBinary, _embedded_wheel
 from mesh.engine.runner import Runner
 from tests import tiny_models
 from tests.engine.children import REAL, Node, line_of
+from tests.engine.hugging_face import hub
 from tests.host.deaths import wait_for_death
 
 pytestmark = [
@@ -99,6 +100,46 @@ async def test_a_load_that_fails_says_why(models: Path, model: str, args: tuple[
         assert exited.returncode == 1
         assert cause in exited.reason
         assert cause in "\n".join(exited.log_tail)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="downloads need x86-64")
+async def test_a_model_is_downloaded_from_hugging_face_once(models: Path, tmp_path: Path) -> None:
+    """Also through the cache when the hub is gone."""
+    with hub((models / "chat.gguf").read_bytes()) as url:
+        env = {"MODEL_ENDPOINT": url, "LLAMA_CACHE": str(tmp_path)}
+        for _ in range(2):
+            async with Node(REAL) as node:
+                runner, reports = node.start(*ARGS, model_path=None, hf_repo="me/tiny:Q4_0", env=env)
+                await reports.healthy()
+                chat = await post(runner, "/v1/chat/completions", {"messages": [{"role": "user", "content": "who?"}]})
+                assert chat["choices"][0]["message"]["content"] == "alpha says I am alpha"
+            env["MODEL_ENDPOINT"] = "http://127.0.0.1:1"
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="downloads need x86-64")
+@pytest.mark.parametrize(
+    ("repo", "args", "cause"),
+    [("me/other", (), "GET failed (404)"), (None, ("-mu", "{url}/none.gguf"), "failed with status code: 404")],
+    ids=["repository", "url"],
+)
+async def test_a_download_that_fails_says_why(
+    tmp_path: Path, repo: str | None, args: tuple[str, ...], cause: str
+) -> None:
+    with hub(b"") as url:
+        async with Node(REAL) as node:
+            env = {"MODEL_ENDPOINT": url, "LLAMA_CACHE": str(tmp_path)}
+            given = [arg.format(url=url) for arg in args]
+            _, reports = node.start(*ARGS, *given, model_path=None, hf_repo=repo, env=env)
+            assert cause in (await reports.exited()).reason
+
+
+def test_a_machine_on_which_nothing_can_be_downloaded_says_so(tmp_path: Path) -> None:
+    script = tmp_path / "embedded.py"
+    script.write_text(Path(embedded.__file__).read_text().replace('"x86_64"', '"another"'))
+    command = [sys.executable, "-I", "-S", str(script), "-hf", "me/tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the embedded engine cannot download models on this machine; use model_path" in done.stderr
 
 
 def test_sigterm_while_it_loads(run: Run, models: Path) -> None:

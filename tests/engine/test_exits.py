@@ -18,7 +18,7 @@ error: Failed to init server, please check the input params.""".splitlines()
 def test_the_first_complaint_is_the_cause() -> None:
     cause = "gguf_init_from_file: failed to open GGUF file 'nope.gguf' (No such file or directory)"
     assert first_complaint(MISSING) == cause
-    assert describe_exit(1, MISSING) == f"llama-server ended by itself: exit code 1: {cause}"
+    assert describe_exit(1, MISSING) == f"{cause} (llama-server ended by itself: exit code 1)"
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def test_the_first_complaint_is_the_cause() -> None:
         ("llama-server: error while loading shared libraries: libcuda.so.1", None),
         ("0.00.1 I srv: all is well", "nothing"),
         ("exiting due to HTTP server error", "exiting due to HTTP server error"),
+        ("  what():  Download 'http://x' failed", "what():  Download 'http://x' failed"),
     ],
 )
 def test_complaints_of_all_kinds(line: str, cause: str | None) -> None:

@@ -64,7 +64,7 @@ async def test_an_instance_that_dies_while_loading_is_known_at_once(node: Node) 
     runner, reports = node.start(env=faults(load_s=0.2, crash_at_load=1))
     exited = await reports.exited()
     assert exited.returncode == 1
-    assert exited.reason.startswith("llama-server ended by itself: exit code 1")
+    assert exited.reason.endswith("(llama-server ended by itself: exit code 1)")
     assert "error loading model" in "\n".join(exited.log_tail)
     assert not runner.endpoint.alive
     assert runner._readiness is not None
@@ -84,7 +84,7 @@ async def test_a_hanging_health_answer_does_not_outlive_the_child(node: Node) ->
 async def test_a_refused_flag_is_told_with_the_log(node: Node) -> None:
     _, reports = node.start("--no-such-flag")
     exited = await reports.exited()
-    assert exited.reason == "llama-server ended by itself: exit code 1: error: invalid argument: --no-such-flag"
+    assert exited.reason == "error: invalid argument: --no-such-flag (llama-server ended by itself: exit code 1)"
 
 
 async def test_a_crash_after_ready(node: Node) -> None:

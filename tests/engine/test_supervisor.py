@@ -17,6 +17,7 @@ from mesh.engine.supervisor import Limits, Supervisor
 from mesh.errors import (
     CapacityError,
     DrainingError,
+    EngineMissingError,
     InstanceError,
     MeshError,
     QueueFullError,
@@ -53,7 +54,7 @@ class FakeRunner:
     slots_busy: int | None = 0
     pid: int | None = 4711
     command: tuple[str, ...] = ("llama-server",)
-    start_error: MeshError | None = None
+    start_error: Exception | None = None
 
     def start(self) -> None:
         if self.start_error is not None:
@@ -84,7 +85,7 @@ class FakeRunner:
 class FakeLauncher:
     started: list[FakeRunner] = field(default_factory=list)
     launch_error: MeshError | None = None
-    start_error: MeshError | None = None
+    start_error: Exception | None = None
 
     def launch(self, instance_id: str, profile: Profile, report: Callable[[Report], None]) -> FakeRunner:
         if self.launch_error is not None:
@@ -107,6 +108,7 @@ class Client:
     lease: Lease | None = None
     error: MeshError | None = None
     ticket: Ticket | None = None
+    only_looks: bool = False
 
     def admitted(self, lease: Lease) -> None:
         assert self.lease is None
@@ -139,12 +141,20 @@ class World:
             metrics=self.metrics,
         )
 
-    def ask(self, p: Profile, wait_s: float | None = None, *, since: float | None = None, slot: bool = True) -> Client:
+    def ask(
+        self,
+        p: Profile,
+        wait_s: float | None = None,
+        *,
+        since: float | None = None,
+        slot: bool = True,
+        look: bool = False,
+    ) -> Client:
         now = asyncio.get_running_loop().time()
-        client = Client()
+        client = Client(only_looks=look)
         deadline = None if wait_s is None else now + wait_s
         client.ticket = self.sup.submit(
-            p, client, since=now if since is None else since, deadline=deadline, needs_slot=slot
+            p, client, since=now if since is None else since, deadline=deadline, needs_slot=slot and not look
         )
         return client
 
@@ -278,6 +288,36 @@ async def test_a_process_that_cannot_even_be_spawned_fails_the_same_way() -> Non
     assert "no ports" in str(w.ask(A).error)
     assert w.sup.instances() == ()
     assert w.metrics.spawn_failures_total == 2
+
+
+async def test_a_missing_engine_reaches_the_client_as_such() -> None:
+    w = World(A)
+    w.launcher.start_error = EngineMissingError("no llama-server found")
+    for _ in range(3):
+        error = w.ask(A).error
+        assert isinstance(error, EngineMissingError)
+        assert (error.type, error.source) == ("engine_missing", "mesh")
+        assert error.message.startswith("'a' failed to start: no llama-server found")
+    assert w.sup.instances() == ()
+    await asyncio.sleep(2.01)
+    w.launcher.start_error = None
+    again = w.ask(A)
+    w.launcher.started[-1].healthy()
+    assert again.lease is not None
+    assert w.sup.failures() == {}
+
+
+async def test_a_child_that_refused_what_it_was_given_names_it() -> None:
+    """The child's own reason comes first; what ended for another reason gets no such advice."""
+    w = World(A, B)
+    refused, killed = w.ask(A), w.ask(B)
+    w.launcher[0].exit(1, "failed to open /a.gguf", "the log")
+    assert str(refused.error).startswith(
+        "'a' failed to start: failed to open /a.gguf; if it stays like this, "
+        "correct the model (/a.gguf) or the arguments of 'a' in the cookbook; last log lines:"
+    )
+    w.launcher[1].exit(-9, "killed by SIGKILL")
+    assert "correct" not in str(killed.error)
 
 
 async def test_a_crash_loop_backs_off_and_recovers() -> None:
@@ -432,6 +472,42 @@ async def test_an_idle_instance_is_stopped_after_its_timeout_counted_from_the_en
     assert w.states == [State.READY]
     await asyncio.sleep(2)
     assert w.states == []
+
+
+async def test_a_request_that_only_looks_does_not_keep_an_idle_instance() -> None:
+    """Nor does it hide the end of the last real request, and it is not cut off."""
+    p = profile("a", idle_timeout_s=100)
+    w = World(p)
+    client = w.ask(p)
+    w.launcher[0].healthy()
+    look = w.ask(p, look=True)
+    await asyncio.sleep(500)
+    client.done()  # here the idle time begins
+    await asyncio.sleep(50)
+    look.done()
+    await asyncio.sleep(30)
+    w.ask(p, look=True).done()
+    assert w.sup.instances()[0].last_used_s_ago == 80
+    await asyncio.sleep(19)
+    assert w.states == [State.READY]
+    last = w.ask(p, look=True)
+    await asyncio.sleep(5)
+    assert w.states == [State.DRAINING]
+    last.done()
+    await asyncio.sleep(1)
+    assert w.states == []
+
+
+async def test_closing_waits_for_a_request_that_only_looks() -> None:
+    w = World(A)
+    look = w.ask(A, look=True)
+    w.launcher[0].healthy()
+    closing = asyncio.ensure_future(w.sup.close(60))
+    await asyncio.sleep(1)
+    assert not closing.done()
+    assert w.launcher[0].signals == []
+    look.done()
+    await closing
 
 
 async def test_an_abandoned_request_holds_its_slot_until_the_child_stopped() -> None:
@@ -613,6 +689,76 @@ async def test_a_request_let_in_before_the_drain_is_sent_again_after_a_crash() -
     assert again.lease is not None
     again.done()
     await closing
+
+
+async def test_after_the_grace_nothing_is_started_for_a_request_that_comes_back() -> None:
+    """Its connection was cut by the stop itself: to the data plane that looks like a crash."""
+    w = World(A)
+    running = w.ask(A)
+    w.launcher[0].healthy(slots=1)
+    back: list[Client] = []
+
+    def cut() -> None:
+        running.done()
+        back.append(w.ask(A, since=0.0))
+
+    w.launcher[0].endpoint.closers.append(cut)
+    await asyncio.sleep(1)
+    await w.sup.close(grace_s=3)
+    assert isinstance(back[0].error, DrainingError)
+    assert len(w.launcher) == 1
+
+
+async def test_closing_waits_for_those_who_are_about_to_come() -> None:
+    w = World(A)
+    w.ask(A).ticket.cancel()  # type: ignore[union-attr]
+    w.launcher[0].healthy()
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await w.sup.close(grace_s=30, busy=lambda: loop.time() < start + 5)
+    assert loop.time() - start == pytest.approx(5.1, abs=0.1)
+
+
+async def test_an_unforeseen_error_at_the_start_is_a_failed_load(caplog: pytest.LogCaptureFixture) -> None:
+    w = World(A)
+    w.launcher.start_error = OSError(24, "Too many open files")
+    assert "Too many open files" in str(w.ask(A).error)
+    assert w.sup.instances() == ()
+    w.launcher.start_error = None
+    assert w.ask(A).waits
+    caplog.clear()
+
+
+async def test_a_long_load_that_fails_counts_as_a_failure_in_a_row() -> None:
+    w = World(A)
+    for n in range(2):
+        w.ask(A)
+        await asyncio.sleep(40)
+        w.launcher[n].exit(1, "out of memory at the end")
+    assert w.sup.failures()[A.key].count == 2
+
+
+async def test_a_request_abandoned_after_the_look_began_is_not_freed_by_it() -> None:
+    w = World(A)
+    first, second = w.ask(A), w.ask(A)
+    w.launcher[0].healthy(slots=2)
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> int:
+        asked.set()
+        await answer.wait()
+        return 0
+
+    w.launcher[0].busy_slots = slow  # type: ignore[method-assign]
+    assert first.lease is not None
+    assert second.lease is not None
+    first.lease.abandon()
+    await asked.wait()
+    second.lease.abandon()
+    answer.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert w.sup.instances()[0].busy == 1
 
 
 async def test_closing_does_not_outlast_its_grace() -> None:
