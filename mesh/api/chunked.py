@@ -144,6 +144,6 @@ class ChunkedDecoder:
                 return b""
 
 
-def chunk(payload: bytes) -> bytes:
+def chunk(payload: bytes | bytearray) -> bytes:
     """Return *payload*, which is not empty, as one chunk."""
     return b"%x\r\n%s\r\n" % (len(payload), payload)

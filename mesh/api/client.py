@@ -27,6 +27,7 @@ _log = Log(__name__)
 
 _DRIP_BYTES = 4096  # less of a body than this in body_read_timeout_ms counts as silence: nobody may drip for ever
 _LINGER_S = 2.0  # how long a client may go on sending what nobody will read, so that it gets to read the answer
+_FIRST_REQUEST_S = 1.0  # how long a drain waits for the first request of a connection that was just made
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NEVER = float("inf")
 
@@ -74,8 +75,9 @@ class ClientConnection(asyncio.Protocol):
         self.write = partial(self._plane.outbox.write, self._transport)
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._deadline = self._plane.now() + self._plane.head_timeout_s
-        self._plane.opened(self)
+        plane = self._plane
+        self._deadline = plane.now() + (_FIRST_REQUEST_S if plane.ctx.draining else plane.head_timeout_s)
+        plane.opened(self)
 
     def data_received(self, data: bytes) -> None:
         self._reader.receive(data)
@@ -135,6 +137,7 @@ class ClientConnection(asyncio.Protocol):
     def body_awaited(self, expects_continue: bool) -> None:
         plane, partial = self._plane, self._reader.stage is Stage.PARTIAL_HEAD
         self._deadline = plane.now() + (plane.head_timeout_s if partial else plane.body_timeout_s)
+        self._progress = self._reader.progress
         if expects_continue:
             self.write(_CONTINUE)
 
@@ -160,9 +163,11 @@ class ClientConnection(asyncio.Protocol):
 
     def refused(self, error: MeshError, in_step: bool) -> None:
         """Answer a request that never became an exchange."""
-        if self._app is not None:  # the app is at work on it already, so nothing else can be answered
-            self._transport.abort()
-            return
+        if self._app is not None:
+            if not self._app.withdraw():  # its answer has begun, so nothing else can be answered
+                self._transport.abort()
+                return
+            self._app = None
         head = self._reader.head
         if self._since == 0.0:  # its head was not understood
             head = self._reader.head = None
@@ -276,9 +281,18 @@ class ClientConnection(asyncio.Protocol):
         """Between two requests, with nothing of the next one here."""
         return self._reader.stage is Stage.HEAD
 
+    @property
+    def reads_body(self) -> bool:
+        """Whether the body of an inference request is on its way."""
+        return self._app is None and self._reader.stage is Stage.BODY
+
     def drain(self) -> None:
         """Close if nothing is under way; else the answer that is under way is the last."""
-        if self.idle and not self._closing:
+        if not self.idle or self._closing:
+            return
+        if self._reader.head is None:  # new: its first request may be here already, and closing would reset it
+            self._deadline = min(self._deadline, self._plane.now() + _FIRST_REQUEST_S)
+        else:
             self._close()
 
     def abort(self) -> None:

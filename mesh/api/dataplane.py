@@ -140,6 +140,11 @@ class DataPlane:
         busy = self.connections or self.detached
         self._sweep_timer = self.loop.call_later(self._sweep_interval_s, self._sweep) if busy else None
 
+    @property
+    def busy(self) -> bool:
+        """Whether an inference request is under way, or its body on its way: what a drain waits for."""
+        return self.metrics.current_requests > 0 or any(c.reads_body for c in self.connections)
+
     def begin_drain(self) -> None:
         """Close idle connections now and every other one after its answer. ``ctx.draining`` is set by the app."""
         for connection in tuple(self.connections):

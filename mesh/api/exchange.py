@@ -19,20 +19,24 @@ from typing import TYPE_CHECKING, Protocol
 
 from mesh.api.http1 import RequestHead
 from mesh.api.relay import Relay
-from mesh.api.responses import error_event
+from mesh.api.responses import RequestExpiredError, error_event, internal_error
 from mesh.api.routes import Route
 from mesh.api.upstream import Pool, UpstreamConnection, pool_of
 from mesh.config.profile import Profile
 from mesh.engine.lease import Lease, Ticket
-from mesh.errors import MeshError, QueueTimeoutError, UpstreamError
+from mesh.errors import MeshError, UpstreamError
+from mesh.logs import Log
 from mesh.metrics import ModelMetrics
 
 if TYPE_CHECKING:
     from mesh.api.dataplane import DataPlane
 
+_log = Log(__name__)
+
 #: How long the supervisor gets to notice that an instance died, before the request asks it for another one.
 CRASH_NOTICE_S = 0.1
 _CLIENT_GONE_STATUS = 499  # as nginx logs it; nobody receives it
+_NOT_LOOKED = (-1, 0.0)
 _ONE_WRITE_BYTES = 4096  # up to here one copy is cheaper than a second buffer
 
 
@@ -80,6 +84,7 @@ class Exchange(Relay):
         "_retry_timer",
         "_ticket",
         "_upstream",
+        "_wait_since",
         "address",
         "bytes_in",
         "client",
@@ -122,7 +127,8 @@ class Exchange(Relay):
         self._upstream: UpstreamConnection | None = None
         self._retry_timer: asyncio.TimerHandle | None = None
         self._crashes = 0
-        self._progress = (-1, since)  # (bytes, when) of the last look, for the read timeout
+        self._progress = _NOT_LOOKED  # (bytes, when) of the last look, for the read timeout
+        self._wait_since = since
 
     # --- admission
 
@@ -135,19 +141,31 @@ class Exchange(Relay):
         self._submit()
 
     def _submit(self) -> None:
-        profile = self.profile
         self.phase = _QUEUED
+        self._wait_since = now = self._now()
+        wait_s = self.profile.max_wait_s  # in the queue: neither the upload counts nor the service before a crash
         ticket = self._plane.admission.submit(
-            profile,
+            self.profile,
             self,
             since=self.since,
-            deadline=None if profile.max_wait_s is None else self.since + profile.max_wait_s,
+            deadline=None if wait_s is None else now + wait_s - (self.queue_s or 0.0),
             needs_slot=self.route.needs_slot,
         )
         if self.phase is _QUEUED:
             self._ticket = ticket
 
+    @property
+    def only_looks(self) -> bool:
+        return self.route.method == "GET"  # of HEAD too: it has GET's row
+
     def admitted(self, lease: Lease) -> None:
+        try:
+            self._admitted(lease)
+        except Exception:
+            _log.exception("a request failed unexpectedly", request_id=self.request_id.decode("latin-1"))
+            self.fail(internal_error())
+
+    def _admitted(self, lease: Lease) -> None:
         self._ticket = None
         if self.phase is not _QUEUED:  # against the contract; a slot must not leak for it
             lease.release()
@@ -156,7 +174,7 @@ class Exchange(Relay):
         self.instance_id = lease.endpoint.instance_id
         now = self._now()
         if self.queue_s is None:
-            self.queue_s = queue_s = now - self.since
+            self.queue_s = queue_s = now - self._wait_since
             metrics = self._plane.metrics
             metrics.queue_wait_count += 1
             if queue_s:
@@ -192,6 +210,7 @@ class Exchange(Relay):
         assert client is not None
         self.phase = _WAITING
         self._upstream = connection
+        self._progress = _NOT_LOOKED  # the time before is nobody's silence
         connection.requester = self
         if client.write_paused:
             connection.pause_reading()
@@ -217,6 +236,9 @@ class Exchange(Relay):
         """From here on the request is not sent again."""
         self.phase = _ANSWERING
         self._body = b""
+        connection = self._upstream
+        if connection is not None and not connection.reused:
+            connection.pool.answers(connection)
 
     def upstream_lost(self, error: Exception | None) -> None:
         """The connection ended by itself: cleanly (*error* is None) or not."""
@@ -269,8 +291,7 @@ class Exchange(Relay):
         """Called about twice a second: enforce the request's own limits."""
         limit_s = self.profile.max_request_s
         if limit_s and now - self.since > limit_s:
-            text = f"Request timed out: it took longer than {limit_s:g} s (max_request_duration_ms)"
-            self.fail(QueueTimeoutError(text) if self.phase is _QUEUED else UpstreamError(text))
+            self.fail(RequestExpiredError(limit_s, queued=self.phase is _QUEUED))
         elif self._plane.upstream_read_timeout_s and self._upstream is not None:
             self._check_progress(now, self.bytes_out, self._upstream.paused)
 

@@ -92,6 +92,7 @@ class RequestReader:
         "_missing",
         "_owner",
         "_parts",
+        "_payload",
         "_position",
         "_serving",
         "_taker",
@@ -111,6 +112,7 @@ class RequestReader:
         self._position = 0
         self._serving = False  # whether _serve_ahead is on the stack
         self._parts: list[bytes] = []
+        self._payload = bytearray()  # of a chunked body, in one piece however small its chunks are
         self._missing = 0  # body bytes still to come
         self._body_bytes = 0
         self._decoder: ChunkedDecoder | None = None
@@ -196,7 +198,7 @@ class RequestReader:
         elif head.route is None:
             self._pass_on(head, length, data, start, position)
         elif head.chunked:
-            self._parts, self._body_bytes = [], 0
+            self._payload, self._body_bytes = bytearray(), 0
             self._decoder = ChunkedDecoder()
             self._await_body(self._read_chunks, data[position:])
         elif end <= len(data):
@@ -225,33 +227,30 @@ class RequestReader:
         self._missing = 0
         self._ahead, self._position = data, len(data) + missing
         self._parts.append(data[: self._position] if missing else data)
-        self._body_complete()
+        body = b"".join(self._parts)
+        self._parts = []
+        self._body_complete(body)
 
     def _read_chunks(self, data: bytes) -> None:
         assert self._decoder is not None
         try:
-            end = self._decoder.feed(data, 0, self._take_chunk)
+            end = self._decoder.feed(data, 0, self._payload.extend)
         except ChunkError as error:
             self._refuse(ProtocolError(f"malformed body: {error}"))
             return
-        if self._body_bytes > self._limits.body_bytes:
+        self._body_bytes = size = len(self._payload)
+        if size > self._limits.body_bytes:
             self._refuse(self._limits.body_error())
         elif self._decoder.done:
             self._ahead, self._position = data, end
-            self._body_complete()
+            payload, self._payload = self._payload, bytearray()
+            self._body_complete(bytes(payload) if size <= _VIEW_BYTES else memoryview(payload))
 
-    def _take_chunk(self, payload: bytes) -> None:
-        self._body_bytes += len(payload)
-        if self._body_bytes <= self._limits.body_bytes:
-            self._parts.append(payload)
-
-    def _body_complete(self) -> None:
+    def _body_complete(self, body: bytes | memoryview) -> None:
         assert self.head is not None
         self.receive = self._keep_ahead
         self.stage = _HELD
         self._decoder = None
-        body = b"".join(self._parts)
-        self._parts = []
         self._owner.complete(self.head, body)
 
     # --- bodies that somebody else takes as they come
@@ -273,6 +272,7 @@ class RequestReader:
         except ProtocolError as error:
             self._refuse(error)
             return
+        self._body_bytes += end
         if taker.body_complete and self.stage is _BODY:
             self._taker = None
             self._ahead, self._position = data, end
@@ -298,7 +298,7 @@ class RequestReader:
         self.receive = _ignore
         self.stage = _HELD
         self._ahead, self._position = b"", 0
-        self._parts, self._decoder, self._taker = [], None, None
+        self._parts, self._payload, self._decoder, self._taker = [], bytearray(), None, None
 
     def _keep_ahead(self, data: bytes) -> None:
         self._ahead = self._ahead[self._position :] + data

@@ -3,6 +3,10 @@
 A pool lives and dies with its endpoint, so a connection can never serve a port's next tenant (trap 26). llama-server
 closes what was idle for 5 s and after 100 requests; we use nothing that was idle for 4 s, honour ``Connection: close``,
 and leave the race that remains to the relay's one retry. Never decides about requests.
+
+llama-server has one thread for each open connection, idle or not, and few threads (slots + 2 on a small machine); what
+has none waits. So idle connections beyond two are dropped soon, and as long as a request on a new connection has been
+without an answer for 20 ms, perhaps for want of a thread, none is kept at all.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ _log = Log(__name__)
 
 IDLE_LIMIT_S = 4.0
 _CONNECT_TIMEOUT_S = 10.0
-_MAX_IDLE = 256
+_KEPT_IDLE = 2  # for IDLE_LIMIT_S; more of them only from one look to the next, while a busy pool's come and go
+_PRUNE_INTERVAL_S = 0.25
+_STARVED_S = 0.02  # a new connection that gets no answer for so long may be waiting for a thread
 _MAX_KNOWN_HEADS = 4
 _MAX_KNOWN_HEAD_BYTES = 4096
 _MAX_HEAD_BYTES = 65536
@@ -51,7 +57,7 @@ class UpstreamConnection(asyncio.Protocol):
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.requester: Requester | None = None
-        self.reused = False  # whether it has answered before; then the instance may just be closing it
+        self.reused = False  # whether it has answered (anything); later the instance may just be closing it
         self.paused = False
         self.idle_since = 0.0
 
@@ -93,12 +99,13 @@ class UpstreamConnection(asyncio.Protocol):
 class Pool:
     """The open connections to one endpoint, and the response heads it is known to send."""
 
-    __slots__ = ("_heads", "_instance_fields", "_prune_timer", "endpoint", "fields", "idle", "open")
+    __slots__ = ("_heads", "_instance_fields", "_prune_timer", "_starved", "endpoint", "fields", "idle", "open")
 
     def __init__(self, endpoint: Endpoint, node_id: str) -> None:
         self.endpoint = endpoint
         self.open: set[UpstreamConnection] = set()
         self.idle: list[UpstreamConnection] = []  # the most recently used one last
+        self._starved: set[UpstreamConnection] = set()  # new, asked something, silent
         self._heads: list[ResponseHead] = []
         self._prune_timer: asyncio.TimerHandle | None = None
         #: what every request to this instance carries
@@ -122,27 +129,38 @@ class Pool:
     def give(self, connection: UpstreamConnection, now: float) -> None:
         """Keep *connection* for the next request, and drop those that were idle for too long."""
         connection.requester = None
-        if not self.endpoint.alive or len(self.idle) >= _MAX_IDLE:
+        if self._starved or not self.endpoint.alive:
             connection.abort()
             return
         if connection.paused:
             connection.resume_reading()
-        connection.reused = True
         connection.idle_since = now
         self.idle.append(connection)
         if self._prune_timer is None:
-            self._prune_timer = asyncio.get_running_loop().call_later(IDLE_LIMIT_S, self._prune)
+            self._prune_timer = asyncio.get_running_loop().call_later(_PRUNE_INTERVAL_S, self._prune)
 
     def _prune(self) -> None:
         """Drop what was idle for too long; a child's thread waits on each. One timer per pool, not per connection."""
         loop = asyncio.get_running_loop()
         self._prune_timer = None
-        for connection in tuple(self.idle):
-            if loop.time() - connection.idle_since >= IDLE_LIMIT_S:
+        now, spare = loop.time(), len(self.idle) - _KEPT_IDLE
+        for number, connection in enumerate(tuple(self.idle)):
+            if now - connection.idle_since >= (_PRUNE_INTERVAL_S if number < spare else IDLE_LIMIT_S):
                 connection.abort()
         if self.idle:
-            due = self.idle[0].idle_since + IDLE_LIMIT_S
-            self._prune_timer = loop.call_at(due, self._prune)
+            self._prune_timer = loop.call_later(_PRUNE_INTERVAL_S, self._prune)
+
+    def answers(self, connection: UpstreamConnection) -> None:
+        """A new connection's first answer begins: it has a thread."""
+        connection.reused = True
+        self._starved.discard(connection)
+
+    def _look_after(self, connection: UpstreamConnection) -> None:
+        """If a new connection is silent, give its request the threads that idle connections hold."""
+        if connection.requester is not None and not connection.reused:
+            self._starved.add(connection)
+            for idle in tuple(self.idle):
+                idle.abort()
 
     def connect(self, requester: Requester) -> None:
         """Open a new connection for *requester*; if it is gone by then, the connection is kept for another."""
@@ -175,11 +193,13 @@ class Pool:
                 requester.connect_failed(UpstreamError("the instance closed the connection at once"))
         elif requester.wants_connection:
             requester.connected(connection)
+            loop.call_later(_STARVED_S, self._look_after, connection)
         else:
             self.give(connection, loop.time())
 
     def forget(self, connection: UpstreamConnection) -> None:
         self.open.discard(connection)
+        self._starved.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
 

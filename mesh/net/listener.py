@@ -30,6 +30,7 @@ _PLAIN_HTTP = {Protocol.HTTP1, Protocol.HTTP2}
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _FIRST_PEEK_S = 0.005  # between looks at a prefix that does not decide yet; doubles up to _LAST_PEEK_S
 _LAST_PEEK_S = 0.2
+_HAND_OVER_S = 0.1  # for what close finds on its way: a plain connection needs a turn or two of the loop
 
 _TLS_ONLY = b"This port speaks HTTPS only. Use https://, or set server_tls.allow_plain_http.\n"
 _TLS_ONLY_RESPONSE = (
@@ -117,19 +118,21 @@ class Listener:
 
     # --- accepting
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listening: socket.socket) -> bool:
+        """Return whether there may be more to accept."""
         for _ in range(_ACCEPTS_PER_WAKE):
             try:
                 sock, _ = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
+                return False
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
                 self._pause(listening, error)
-                return
+                return False
             self._out_of_room = False
             self._begin(sock)
+        return True
 
     def _pause(self, listening: socket.socket, error: OSError) -> None:
         """Stop accepting for a moment: the socket stays readable, and asking again at once would spin."""
@@ -203,7 +206,9 @@ class Listener:
         for sock in open_sockets:
             if sock not in self._resume_timers:
                 with contextlib.suppress(OSError):
-                    self._accept(sock)
+                    for _ in range(_BACKLOG // _ACCEPTS_PER_WAKE):  # clients that keep coming must not hold it up
+                        if not self._accept(sock):
+                            break
         for timer in self._resume_timers.values():
             timer.cancel()
         self._resume_timers.clear()
@@ -218,6 +223,8 @@ class Listener:
             sniffing.stop()
             sniffing.sock.close()
         self._sniffing.clear()
+        if self._starting:
+            await asyncio.wait(self._starting, timeout=_HAND_OVER_S)
         for task in tuple(self._starting):
             task.cancel()
         await asyncio.gather(*self._starting, return_exceptions=True)

@@ -343,7 +343,7 @@ async def test_the_anthropic_envelope() -> None:
 
 
 async def test_default_model_aliases_and_query() -> None:
-    """Percent-encoded names work (trap 78); /props takes no slot."""
+    """Percent-encoded names work (trap 78); /props takes no slot and keeps no idle instance."""
     profiles = (profile(aliases=("org/tiny v2",)),)
     async with (
         ScriptedUpstream(json_reply(b"{}")) as upstream,
@@ -356,6 +356,7 @@ async def test_default_model_aliases_and_query() -> None:
         assert upstream.requests[2].request_line == b"GET /props?model=org%2Ftiny+v2&x=1 HTTP/1.1"
         assert upstream.requests[2].field(b"content-length") == []
         assert [t.needs_slot for t in node.admission.tickets] == [True, True, False]
+        assert [t.waiter.only_looks for t in node.admission.tickets] == [False, False, True]
         client.send(get(b"/props?model="))
         assert (await client.answer()).status == 400
 
@@ -445,6 +446,20 @@ async def test_a_slow_body() -> None:
         assert await _refused(client) == 408
 
 
+async def test_a_body_for_the_app_may_take_its_time() -> None:
+    """The limit is on silence, for its bodies too."""
+    async with loopback(http={"body_read_timeout_ms": 150}) as node:
+        client = await node.client()
+        client.send(b"POST /app HTTP/1.1\r\nHost: n\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(8):
+            client.send(b"1388\r\n" + b" " * 5000 + b"\r\n")
+            await asyncio.sleep(0.05)
+        client.send(b"0\r\n\r\n")
+        assert (await client.answer()).body == b"POST /app 40000"
+        client.send(post(ASK, path=b"/app")[:-1])
+        assert await _refused(client) == 408
+
+
 async def test_a_slow_head() -> None:
     async with loopback(http={"head_read_timeout_ms": 50}) as node:
         client = await node.client()
@@ -510,6 +525,21 @@ async def test_draining() -> None:
         refused = await new.answer()
         assert (refused.status, refused.field(b"connection"), refused.field(b"retry-after")) == (503, b"close", b"5")
         assert json.loads(refused.body)["error"]["type"] == "draining"
+
+
+async def test_a_connection_without_a_word_when_the_drain_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first request may be here, unread: it gets an answer, not a reset; silence is closed soon."""
+    monkeypatch.setattr("mesh.api.client._FIRST_REQUEST_S", 0.3)
+    async with loopback() as node:
+        fresh, silent = await node.client(), await node.client()
+        await node.until(lambda: len(node.plane.connections) == 2)
+        fresh.send(post(ASK))
+        node.ctx.draining = True
+        node.plane.begin_drain()
+        later = await node.client()
+        assert (await fresh.answer()).status == 503
+        async with asyncio.timeout(2):
+            assert await silent.ended() == await later.ended() == b""
 
 
 async def test_reload_is_seen_at_once() -> None:

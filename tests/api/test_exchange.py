@@ -217,12 +217,103 @@ async def test_a_crash_before_the_answer_goes_back_to_the_queue_once() -> None:
         first = await node.admission.ticket()
         first.admit()
         second = await node.admission.ticket(1)
-        assert (second.since, second.deadline) == (first.since, first.deadline)
+        assert second.since == first.since
         assert node.admission.leases[0].ended == ["release"]
         second.admit(Endpoint("tiny-2", profile(), "127.0.0.1", healthy.port))
         answer = await client.answer()
         assert (answer.status, answer.field(b"x-llama-mesh-instance")) == (200, b"tiny-2")
         assert node.ctx.metrics.errors_total == 0
+
+
+async def test_only_time_in_the_queue_counts_as_waiting() -> None:
+    """Not the upload, and not the service before a crash: a second attempt has what the first one left."""
+    waits = (profile(max_wait_s=1.0),)
+    async with ScriptedUpstream(die) as dying, ScriptedUpstream(json_reply(b"{}")) as healthy:  # noqa: SIM117
+        async with loopback(dying, profiles=waits) as node:
+            node.admission.hold = True
+            now, late = node.plane.now, 0.0
+            node.plane.now = lambda: now() + late
+            client = await node.client()
+            client.send(post(ASK)[:-1])
+            await node.until(lambda: any(c.reads_body for c in node.plane.connections))
+            late = 5.0
+            client.send(ASK[-1:])
+            first = await node.admission.ticket()
+            assert first.deadline is not None
+            assert first.deadline - first.since == pytest.approx(6.0, abs=0.5)
+            late = 5.4
+            first.admit()
+            late = 50.0
+            second = await node.admission.ticket(1)
+            assert second.deadline is not None
+            assert second.deadline - second.since == pytest.approx(50.6, abs=0.5)
+            assert node.ctx.metrics.queue_wait_total_ms < 1000
+            second.admit(Endpoint("tiny-2", profile(), "127.0.0.1", healthy.port))
+            assert (await client.answer()).status == 200
+
+
+async def test_a_bug_in_admission_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised out of the supervisor's call, it would leave the client waiting (trap 74)."""
+
+    def broken(self: object, now: float) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr("mesh.api.upstream.Pool.take", broken)
+    async with loopback() as node:
+        node.admission.hold = True
+        client = await node.client()
+        client.send(post(ASK))
+        (await node.admission.ticket()).admit()
+        answer = await client.answer()
+        assert (answer.status, json.loads(answer.body)["error"]["type"]) == (500, "internal_error")
+        assert node.admission.leases[0].ended == ["release"]
+
+
+class FewThreads:
+    """Answers like llama-server: a connection has a thread from its first request to its end, others wait for one."""
+
+    def __init__(self, threads: int) -> None:
+        self.free = asyncio.Semaphore(threads)
+
+    async def __call__(self, request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with self.free:
+            await json_reply(b"{}")(request, reader, writer)
+            await reader.read(0)
+            while not reader.at_eof():
+                if await reader.read(65536):
+                    await json_reply(b"{}")(request, reader, writer)
+        raise ConnectionError
+
+
+async def test_idle_connections_do_not_starve_new_ones() -> None:
+    """Each occupies one of llama-server's few threads: they are dropped when a new one gets no answer."""
+    async with ScriptedUpstream(FewThreads(3)) as upstream, loopback(upstream) as node:
+        clients = [await node.client() for _ in range(30)]
+        async with asyncio.timeout(2):  # one round of three takes 4 s, if idle ones are kept
+            for client in clients:
+                client.send(post(ASK))
+            for client in clients:
+                assert (await client.answer()).status == 200
+
+
+async def test_few_idle_connections_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest would hold threads that probes and others need."""
+    monkeypatch.setattr("mesh.api.upstream._PRUNE_INTERVAL_S", 0.05)
+    async with ScriptedUpstream(json_reply(b"{}")) as upstream, loopback(upstream) as node:
+        node.admission.hold = True
+        clients = [await node.client() for _ in range(6)]
+        for client in clients:
+            client.send(post(ASK))
+        await node.admission.ticket(5)
+        for ticket in node.admission.tickets:
+            ticket.admit()
+        for client in clients:
+            assert (await client.answer()).status == 200
+        pool = node.admission.endpoint.pool
+        assert len(pool.idle) == 6
+        await node.until(lambda: len(pool.open) == 2)
+        await asyncio.sleep(0.1)  # these two are kept for longer
+        assert len(pool.idle) == 2
 
 
 async def test_two_crashes_are_an_error() -> None:
@@ -435,10 +526,16 @@ async def _limit(node: LoopbackNode) -> Answer:
 async def test_max_request_duration() -> None:
     profiles = (profile(max_request_s=0.1),)
     async with ScriptedUpstream(hang, then_hang(SSE, CHUNK)) as up, loopback(up, profiles=profiles) as node:
-        assert (await _limit(node)).status == 502
+        running = await _limit(node)
+        error = json.loads(running.body)["error"]
+        assert (running.status, error["type"], error["source"]) == (502, "request_timeout", "mesh")
+        assert "max_request_duration_ms" in error["message"]
         assert b"max_request_duration_ms" in (await _limit(node)).body
         node.admission.hold = True
-        assert (await _limit(node)).status == 503
+        queued = await _limit(node)
+        error = json.loads(queued.body)["error"]
+        assert (queued.status, error["type"], error["source"]) == (503, "request_timeout", "mesh")
+        assert "max_request_duration_ms" in error["message"]
         assert [lease.ended for lease in node.admission.leases] == [["abandon"], ["abandon"]]
 
 
@@ -450,6 +547,29 @@ async def test_upstream_read_timeout() -> None:
         broken = await _limit(node)
         assert broken.ended == "broken"
         assert b"sent nothing for 0.1 s" in broken.body
+
+
+async def test_upstream_read_timeout_of_a_second_attempt() -> None:
+    """The time in the queue is nobody's silence."""
+    settings = {"upstream_read_timeout_ms": 300}
+
+    async def late(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.15)
+        await json_reply(b"{}")(request, reader, writer)
+
+    async def die_late(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.1)  # long enough to be looked at
+        await die(request, reader, writer)
+
+    async with ScriptedUpstream(die_late, late) as up, loopback(up, settings=settings) as node:
+        node.admission.hold = True
+        client = await node.client()
+        client.send(post(ASK))
+        (await node.admission.ticket()).admit()
+        second = await node.admission.ticket(1)
+        await asyncio.sleep(0.4)
+        second.admit()
+        assert (await client.answer()).status == 200
 
 
 # --- many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 from hypothesis import given
@@ -152,3 +153,20 @@ def test_a_malformed_head_after_a_good_one() -> None:
 
 def test_our_error_is_the_only_error() -> None:
     assert issubclass(ProtocolError, MeshError)
+
+
+def test_tiny_chunks_are_kept_in_one_piece() -> None:
+    """A body's memory is its size, not the number of its chunks."""
+    recorder = Recorder()
+    recorder.reader = RequestReader(recorder, Limits(300, 1 << 20, b"x-api-key"))
+    recorder.feed(_CHUNKED.partition(b"3\r\n")[0])
+    tracemalloc.start()
+    try:
+        for _ in range(8):
+            recorder.feed(b"2\r\nab\r\n" * 10_000)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size < 2 * 160_000
+    recorder.feed(b"0\r\n\r\n")
+    assert recorder.events[-1] == ("complete", b"ab" * 80_000)

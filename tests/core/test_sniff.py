@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mesh.core.sniff import MAX_PREFIX, NEED_MORE, UNKNOWN, Protocol, sniff
 
 _METHODS = st.sampled_from(
-    [b"GET ", b"POST ", b"PRI ", b"DELETE ", b"M-SEARCH ", b"\x16\x03\x01", b"\x16", b"\x00", b"P"]
+    [b"GET ", b"POST ", b"PRI ", b"DELETE ", b"M-SEARCH ", b"\x16\x03\x01", b"\x16", b"\x00", b"P", b"\r\nGET "]
 )
 
 
@@ -22,6 +22,9 @@ _METHODS = st.sampled_from(
         (b"PRI * HTTP/2.0\r\n", Protocol.HTTP2),
         (b"POST /v1", Protocol.HTTP1),
         (b"PROPFIND ", Protocol.HTTP1),
+        (b"\r", NEED_MORE),
+        (b"\r\n", Protocol.HTTP1),
+        (b"\rG", UNKNOWN),
         (b"\x16", NEED_MORE),
         (b"\x16\x03\x01", Protocol.TLS),
         (b"\x16\x05", UNKNOWN),

@@ -278,3 +278,26 @@ async def test_a_connection_that_the_kernel_accepted_before_the_close_gets_its_a
             client.setblocking(False)
             answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1000), 5)
             assert answer == REQUEST
+
+
+async def test_all_that_the_kernel_accepted_before_the_close_get_their_answer() -> None:
+    """More than are accepted at once, and even when everything else is closed right after."""
+    async with listening() as listener:
+        clients = [socket.create_connection(("127.0.0.1", listener.port), timeout=5) for _ in range(150)]
+        try:
+            for client in clients:
+                client.sendall(REQUEST)
+                client.setblocking(False)
+            await listener.close()
+            for client in clients:
+                answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1000), 5)
+                assert answer == REQUEST
+        finally:
+            for client in clients:
+                client.close()
+
+
+async def test_an_empty_line_before_the_first_request() -> None:
+    async with listening() as listener, connected(listener) as (reader, writer):
+        writer.write(b"\r\n" + REQUEST)
+        assert await reader.readexactly(len(REQUEST) + 2) == b"\r\n" + REQUEST
