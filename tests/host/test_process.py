@@ -221,7 +221,9 @@ def test_signals_that_python_ignores_are_not_ignored_in_the_child(run: Run) -> N
     async def test() -> None:
         child = Child("grep", "SigIgn", "/proc/self/status")
         assert await child.ended == 0
-        assert int(child.ring.tail()[0].split()[1], 16) == 0
+        ignored = int(child.ring.tail()[0].split()[1], 16)
+        # 32 and 33 belong to the C library, which lets nobody set them; some parents have them ignored
+        assert [n for n in signal.valid_signals() if ignored >> (n - 1) & 1] == []
 
     run(test())
 
