@@ -16,6 +16,7 @@ from mesh.logs import Log
 _log = Log(__name__)
 
 _MAX_HELD = 32  # writes; with more of them the first would wait for longer than it saves
+_MAX_HELD_BYTES = 16384  # of one write; what is larger goes at once, so that its transport can say "enough" at once
 
 
 class Outbox:
@@ -33,7 +34,7 @@ class Outbox:
         if not held:
             self._call_soon(self.flush)
         held.append((transport, data))
-        if len(held) >= _MAX_HELD:
+        if len(held) >= _MAX_HELD or len(data) > _MAX_HELD_BYTES:
             self.flush()
 
     def flush(self) -> None:

@@ -111,3 +111,13 @@ async def test_what_was_answered_goes_out_before_the_connection_is_cut() -> None
         connection.cut_off(b"")
         assert transport.story == [b"half an answer", "abort"]
         connection.connection_lost(None)
+
+
+async def test_what_is_large_goes_at_once_after_what_came_before() -> None:
+    """Held back, it would hide from the reader's side that the transport has enough (back-pressure)."""
+    wires = Wires()
+    small, large = b"s", b"l" * 20_000
+    wires.outbox.write(cast(asyncio.Transport, wires.wires["a"]), small)
+    assert wires.written == []
+    wires.outbox.write(cast(asyncio.Transport, wires.wires["b"]), large)
+    assert wires.written == [("a", small), ("b", large)]

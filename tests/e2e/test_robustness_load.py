@@ -72,7 +72,7 @@ def test_nothing_grows_over_many_requests(tmp_path: Path) -> None:
         assert sum(entry["models"]["m"]["ttft"]["counts"]) >= streamed
         assert node.metric("llama_mesh_requests_total") == sent
         assert node.metric("llama_mesh_client_disconnects_total") == 0
-        lines = node.log('"path":"/v1/chat/completions"')
+        lines = node.wait_log('"path":"/v1/chat/completions"', count=sent)
         assert len(lines) == sent, "one line in the access log for each"
         assert len({line["fields"]["request_id"] for line in lines}) == sent
 
