@@ -22,14 +22,6 @@ TOO_BUSY_TO_SAY: Final = 1 << 30
 class Prober:
     """An HTTP client for all instances of the node."""
 
-    def __init__(self) -> None:
-        self._client = httpx.AsyncClient(
-            verify=False,  # plain HTTP to this machine only; loading CA certificates would be wasted
-            trust_env=False,  # an http_proxy of the operator's shell has no business here
-            limits=httpx.Limits(max_keepalive_connections=0),
-            timeout=TIMEOUT_S,
-        )
-
     async def healthy(self, endpoint: Endpoint) -> bool:
         """Whether GET /health answers 200."""
         response = await self._get(endpoint, "/health")
@@ -53,8 +45,7 @@ class Prober:
         return sum(1 for slot in slots if isinstance(slot, dict) and slot.get("is_processing"))
 
     async def close(self) -> None:
-        """Close the client."""
-        await self._client.aclose()
+        """Nothing is kept between two questions, so there is nothing to close."""
 
     async def _json(self, endpoint: Endpoint, path: str) -> Any:
         response = await self._get(endpoint, path)
@@ -69,7 +60,10 @@ class Prober:
     async def _ask(self, endpoint: Endpoint, path: str) -> httpx.Response:
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-        return await self._client.get(f"http://{host}:{endpoint.port}{path}", headers=headers)
+        # A client of its own: a shared one may keep the socket of a probe that was cancelled when its child died.
+        # Plain HTTP to this machine only: loading CA certificates, or an operator's http_proxy, has no business here.
+        async with httpx.AsyncClient(verify=False, trust_env=False, timeout=TIMEOUT_S) as client:
+            return await client.get(f"http://{host}:{endpoint.port}{path}", headers=headers)
 
 
 def _decoded(response: httpx.Response) -> Any:
