@@ -20,7 +20,7 @@ TOO_BUSY_TO_SAY: Final = 1 << 30
 
 
 class Prober:
-    """An HTTP client for all instances of the node."""
+    """Asks the instances of the node. Keeps nothing between two questions."""
 
     async def healthy(self, endpoint: Endpoint) -> bool:
         """Whether GET /health answers 200."""
@@ -43,9 +43,6 @@ class Prober:
         if not isinstance(slots, list):
             return None
         return sum(1 for slot in slots if isinstance(slot, dict) and slot.get("is_processing"))
-
-    async def close(self) -> None:
-        """Nothing is kept between two questions, so there is nothing to close."""
 
     async def _json(self, endpoint: Endpoint, path: str) -> Any:
         response = await self._get(endpoint, path)

@@ -230,7 +230,6 @@ class Launcher:
 
     async def close(self) -> None:
         """Free what the runners shared; to be called when all have exited. A group that is left is killed."""
-        await self._host.prober.close()
         await asyncio.to_thread(self._host.warden.close)
 
 

@@ -70,7 +70,6 @@ class Node:
             runner.kill()
             while not any(isinstance(report, Exited) for report in reports.all):
                 await reports.next()
-        await self.host.prober.close()
         self.host.warden.close()
 
     def start(self, *args: str, model_path: str | None = "fake.gguf", **fields: Any) -> tuple[Runner, Reports]:
