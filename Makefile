@@ -8,7 +8,7 @@ ARGS ?=
 export LLAMA_MESH_VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types model bench spec lock clean
+.PHONY: help setup demo test lint format types model bench mutants spec lock clean
 
 help:            ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ model: setup     ## fetch the model of the end-to-end tests into the cache (93 M
 
 bench: setup     ## compare llama-mesh with nginx over a fast mock server
 	$(BIN)/python -m benchmarks.proxy $(ARGS)
+
+mutants: setup   ## plant bugs in the scheduler and the placement, one at a time, and show what catches each
+	@$(BIN)/python scripts/mutants.py
 
 spec: setup      ## write the generated parts of SPEC.md, the example config and the JSON Schemas anew
 	$(BIN)/python scripts/spec.py

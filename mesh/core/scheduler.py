@@ -3,12 +3,15 @@
 ``plan`` is run after every event and judges the whole picture each time (level-triggered), so nothing has to remember
 what is still owed. Its rules, in the order in which they are applied:
 
-1. **Refuse** the demand that can never be met here: unknown, too large for the whole budget, failing.
+1. **Refuse** the demand that can never be met here: unknown, too large for the whole budget, failing. One whose size is
+   still being looked up waits.
 2. **Retire.** An instance whose profile changed or vanished drains; so does one that idled for ``idle_timeout_s``.
-3. **Place** each *starved* profile (requests wait, no live instance), oldest waiting request first: start it if it
-   fits; else wait for memory that is on its way; else drain idle instances, least recently used first; else *hold*
-   busy ones that had their tenure: they get no new work, so they fall idle and are drained by a later plan. A hold is
-   derived anew each time, never stored: when the competitor leaves, it is gone (trap 41).
+3. **Place** each *starved* profile (requests wait, no live instance), oldest waiting request first, but who had to go
+   for another comes after that one, however old its own queue is: start it if it fits; else wait for memory that is on
+   its way; else drain idle instances, least recently used first; else *hold* busy ones that had their tenure: they get
+   no new work, so they fall idle and are drained by a later plan. A hold is derived anew each time, never stored: when
+   the competitor leaves, it is gone (trap 41). Before anybody has to go for a launch that never succeeded, its
+   arguments are *vetted*: a typing mistake must not cost others their memory.
 4. **Admit** waiting requests, first come first served per profile, to live instances that are not held.
 5. **Scale out** a profile whose instances are all taken, if ``max_instances`` and *free* memory allow.
 
@@ -17,137 +20,63 @@ Busy, loading, pinned and just-loaded instances are never drained for a competit
 
 Memory is looked at three ways: ``now`` (everything not yet exited), ``soon`` (without what is already stopping) and
 ``future`` (without what will leave once its requests end). Reservations are counted where they will be taken from.
+Memory is a vector, RAM and each GPU; *where* on the GPUs something fits is ``placement``'s business. ``capacity`` is
+the whole budget, ``ceiling`` what other programs leave of it now: too large for the first is refused, for the second
+it waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from math import inf
 
 from mesh.core.lifecycle import State
-from mesh.core.resources import Resources, total
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What the scheduler needs to know of a profile."""
-
-    key: str
-    footprint: Resources
-    max_instances: int = 1
-    min_tenure_s: float = 15.0
-    idle_timeout_s: float = 300.0  #: 0 = never
-    pinned: bool = False
-    failing: bool = False  #: its last start failed and its back-off is not over
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceView:
-    """One process, as counted by the supervisor. ``footprint`` is charged until the process has exited."""
-
-    id: str
-    key: str
-    state: State
-    footprint: Resources
-    active: int = 0  #: requests it holds, of any kind, abandoned ones that still run included
-    busy: int = 0  #: those of them that take a slot
-    slots: int = 1  #: requests at once; 0 = unlimited
-    ready_since: float = 0.0
-    idle_since: float = 0.0  #: end of the last request, or when it became ready
-    fresh: bool = False  #: nothing was admitted to it yet
-    stale: bool = False  #: started from a profile that changed or is gone
-    pinned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """The requests that wait for one profile."""
-
-    key: str
-    since: float  #: arrival of the oldest
-    slotted: int = 0  #: requests that need a slot
-    free: int = 0  #: requests that do not (tokenize, prewarm)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    now: float
-    capacity: Resources
-    recipes: Mapping[str, Recipe]
-    instances: Sequence[InstanceView]
-    demands: Sequence[Demand]
-
-
-class Reason(StrEnum):
-    PROFILE_CHANGED = "profile changed"
-    IDLE = "idle"
-    ROOM = "room for another model"
-
-
-class Refusal(StrEnum):
-    UNKNOWN = "unknown"
-    NOT_HERE = "max_instances is 0"
-    TOO_LARGE = "larger than the whole budget"
-    FAILING = "failing"
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """Send the first *slotted* and *free* waiting requests of the instance's profile to it."""
-
-    instance: str
-    key: str
-    slotted: int
-    free: int
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    instance: str
-    reason: Reason
-    competitor: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """Turn away every request that waits for *key*."""
-
-    key: str
-    refusal: Refusal
-
-
-Decision = Admit | Spawn | Drain | Refuse
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    decisions: tuple[Decision, ...]
-    held: frozenset[str]  #: instances that must get no new work until the next plan
-
-
-LIVE = frozenset({State.SPAWNING, State.READY})
+from mesh.core.placement import Need, gpu_kinds, place
+from mesh.core.resources import RAM, VRAM, Resources, total
+from mesh.core.world import (
+    GOING,
+    LIVE,
+    Admit,
+    Decision,
+    Demand,
+    Drain,
+    InstanceView,
+    Outlook,
+    Plan,
+    Reason,
+    Recipe,
+    Refusal,
+    Refuse,
+    Snapshot,
+    Spawn,
+    Vet,
+)
 
 
 def plan(world: Snapshot) -> Plan:
     """Return the decisions that *world* calls for; none when it is at rest."""
     draft = _Draft(world)
-    demands = draft.refuse(sorted(world.demands, key=lambda d: (d.since, d.key)))
+    demands = draft.refuse(sorted(world.demands, key=lambda d: turn(world, d)))
     draft.retire()
-    for demand in demands:
-        if not draft.live(demand.key):
+    placed: set[str] = set()
+    while starved := [d for d in demands if d.key not in placed and not draft.live(d.key)]:
+        for demand in starved:  # it may cost others that wait their instance: they are placed after it
+            placed.add(demand.key)
             draft.place(demand.key)
     for demand in demands:
         if draft.admit(demand):
             draft.scale_out(demand.key)
+    draft.retire()  # those whose profile had requests waiting until now, and that got none of them
     return Plan(tuple(draft.decisions), frozenset(draft.held))
+
+
+def turn(world: Snapshot, demand: Demand) -> tuple[float, bool, str]:
+    """Return the place of *demand* in the order of turns: whoever had to go for another comes after that one."""
+    recipe = world.recipes.get(demand.key)
+    ended = -inf if recipe is None else recipe.turn_ended
+    return max(demand.since, ended), ended >= demand.since, demand.key
 
 
 def next_wakeup(world: Snapshot) -> float | None:
@@ -174,12 +103,16 @@ class _Draft:
     held: set[str] = field(default_factory=set)
     leaving: set[str] = field(default_factory=set)
     promised: set[str] = field(default_factory=set)  #: whose memory some competitor already counts on, one day
-    waiting: frozenset[str] = frozenset()  #: profiles with demand that was not refused
+    waiting: frozenset[str] = frozenset()  #: profiles with demand that was not refused, nor admitted as a whole
+    admitting: set[str] = field(default_factory=set)  #: instances that get requests
     now: Resources = field(default_factory=Resources)
     soon: Resources = field(default_factory=Resources)
     future: Resources = field(default_factory=Resources)
+    ceiling: Resources = field(default_factory=Resources)
+    settled: Resources = field(default_factory=Resources)  #: of the pinned ones that are being started
 
     def __post_init__(self) -> None:
+        self.ceiling = self.world.ceiling
         owned = [i for i in self.world.instances if i.state is not State.STOPPED]
         self.now = total(i.footprint for i in owned)
         going = [i for i in owned if i.state in (State.STOPPING, State.DRAINING)]
@@ -194,6 +127,8 @@ class _Draft:
 
     def retire(self) -> None:
         for i in sorted(self.world.instances, key=lambda i: i.id):
+            if i.id in self.leaving or i.id in self.admitting:
+                continue
             if i.state in LIVE and i.stale:
                 self.drain([i], Reason.PROFILE_CHANGED)
             elif i.state is State.READY and self.idled_out(i):
@@ -235,49 +170,98 @@ class _Draft:
         """Return why no instance can be started now, whatever was stopped for it."""
         if recipe.max_instances == 0:
             return Refusal.NOT_HERE
-        if not recipe.footprint.fits(self.world.capacity, Resources()):
+        if recipe.need is not None and place(recipe.need, self.world.capacity) is None:
             return Refusal.TOO_LARGE
         return Refusal.FAILING if recipe.failing else None
 
-    def fits(self, need: Resources, *used: Resources) -> bool:
-        return all(need.fits(self.world.capacity, u) for u in used)
+    def room(self, need: Need, *used: Resources) -> Resources | None:
+        """Return where *need* fits beside each of *used* at once, or None."""
+        return place(need, self.ceiling, *used)
 
     def place(self, key: str) -> None:
         """Start *key*, or see to it that a later plan can (rule 3)."""
-        need = self.world.recipes[key].footprint
-        if self.fits(need, self.now, self.soon, self.future):
-            self.spawn(key)
-        elif self.fits(need, self.soon, self.future):
-            self.reserve(need, soon=True)  # memory is on its way: drain nobody
-        elif (victims := self.choose(need, self.evictable(key), self.soon, self.future)) is not None:
+        recipe = self.world.recipes[key]
+        if recipe.need is None:
+            return
+        need = recipe.need
+        spot = None
+        if recipe.ran_out is not None:
+            cleared = self.there_again(need, recipe.ran_out)
+            if self.room(cleared, self.pinned()) is not None and self.clear(key, recipe.ran_out):
+                self.wait(cleared)
+                return
+            spot = self.room(cleared, self.now, self.soon, self.future)
+        spot = spot or self.room(need, self.now, self.soon, self.future)
+        if spot is not None:
+            self.spawn(key, spot)
+        elif (spot := self.room(need, self.soon, self.future)) is not None:
+            self.reserve(spot, soon=True)  # memory is on its way: drain nobody
+        elif not recipe.vetted:
+            self.decisions += [] if recipe.vetting else [Vet(key)]
+        elif (chosen := self.choose(need, self.evictable(key), self.soon, self.future)) is not None:
+            victims, spot = chosen
             self.drain(victims, Reason.ROOM, competitor=key)
-            self.reserve(need, soon=True)
+            self.reserve(spot, soon=True)
         else:
             self.hold(key, need)
 
-    def spawn(self, key: str) -> None:
-        need = self.world.recipes[key].footprint
-        self.decisions.append(Spawn(key))
-        self.now = self.now + need
-        self.reserve(need, soon=True)
+    def spawn(self, key: str, spot: Resources) -> None:
+        """Start *key* there; or only keep the room, while its size is being looked up again."""
+        if self.world.recipes[key].fresh:
+            self.decisions.append(Spawn(key, spot))
+        if self.world.recipes[key].pinned:
+            self.settled = self.settled + spot
+        self.now = self.now + spot
+        self.reserve(spot, soon=True)
 
-    def reserve(self, need: Resources, *, soon: bool) -> None:
-        self.future = self.future + need
+    def reserve(self, spot: Resources, *, soon: bool) -> None:
+        self.future = self.future + spot
         if soon:
-            self.soon = self.soon + need
+            self.soon = self.soon + spot
 
-    def hold(self, key: str, need: Resources) -> None:
+    def wait(self, need: Need) -> None:
+        """Keep the room for *need* where it will be, so that nobody takes it meanwhile."""
+        if (spot := self.room(need, self.soon, self.future)) is not None:
+            self.reserve(spot, soon=True)
+        elif (spot := self.room(need, self.future)) is not None:
+            self.reserve(spot, soon=False)
+
+    def there_again(self, need: Need, where: Resources) -> Need:
+        """Return *need* bound to the GPUs of *where*, which are cleared for it; as it is, if it must not go there."""
+        kinds = tuple(gpu_kinds(where))
+        allowed = need.gpus is None or set(kinds) <= set(need.gpus)
+        return replace(need, gpus=kinds, all_gpus=True) if kinds and allowed else need
+
+    def pinned(self) -> Resources:
+        """Return what will never be free."""
+        stay = (i for i in self.world.instances if i.pinned and i.state in LIVE and i.id not in self.leaving)
+        return total((self.settled, *(i.footprint for i in stay)))
+
+    def clear(self, key: str, where: Resources) -> bool:
+        """Drain all that idles where a load of *key* ran out of memory; return whether there is anything to wait for.
+
+        The ledger said that it fits, so the ledger is wrong: how much has to go is not known.
+        """
+        kinds = set(gpu_kinds(where)) or {RAM, VRAM}
+        near = [i for i in self.evictable(key) if kinds & {k for k, mib in i.footprint.mib.items() if mib}]
+        self.drain(near, Reason.ROOM, competitor=key)
+        going = (i for i in self.world.instances if i.state in GOING or i.id in self.leaving)
+        ending = (i for i in going if i.state is State.STOPPING or not i.active)
+        return any(kinds & i.footprint.mib.keys() for i in ending)
+
+    def hold(self, key: str, need: Need) -> None:
         """Keep new work from instances that had their turn; if even that is not enough, reserve what will be free."""
         tenured = self.evictable(key) + self.tenured(key)
-        victims = self.choose(need, tenured, self.future)
-        if victims is not None:
-            self.held.update(i.id for i in victims)
+        chosen = self.choose(need, tenured, self.future)
+        if chosen is not None:
+            self.held.update(i.id for i in chosen[0])
         else:
-            victims = self.choose(need, self.others(key), self.future)
-        if victims is not None:
+            chosen = self.choose(need, self.others(key), self.future)
+        if chosen is not None:
+            victims, spot = chosen
             self.promised.update(i.id for i in victims)
             self.future = self.future - total(i.footprint for i in victims)
-            self.reserve(need, soon=False)
+            self.reserve(spot, soon=False)
 
     def others(self, key: str) -> list[InstanceView]:
         """Return the live, unpinned instances of other profiles that no earlier competitor counts on."""
@@ -301,25 +285,29 @@ class _Draft:
         replaceable = i.key not in self.waiting or self.obstacle(recipe) is None
         return replaceable and not i.fresh and self.world.now >= i.ready_since + recipe.min_tenure_s
 
-    def choose(self, need: Resources, pool: Sequence[InstanceView], *used: Resources) -> list[InstanceView] | None:
-        """Return the first of *pool* whose leaving makes room for *need*, none of them spare; None if all do not.
+    def choose(
+        self, need: Need, pool: Sequence[InstanceView], *used: Resources
+    ) -> tuple[list[InstanceView], Resources] | None:
+        """Return the first of *pool* whose leaving makes room for *need*, none of them spare, and where the room is.
 
-        *used* are the views of memory in which there must be room.
+        *used* are the views of memory in which there must be room. None if it is not enough that all of *pool* leave.
         """
         chosen: list[InstanceView] = []
+        spot = self.room(need, *used)
         for i in pool:
-            if self.fits(need, *used):
+            if spot is not None:
                 break
             used = tuple(u - i.footprint for u in used)
             chosen.append(i)
-        if not self.fits(need, *used):
+            spot = self.room(need, *used)
+        if spot is None:
             return None
         for i in reversed(chosen.copy()):
             with_it = tuple(u + i.footprint for u in used)
-            if self.fits(need, *with_it):
-                used = with_it
+            if (there := self.room(need, *with_it)) is not None:
+                used, spot = with_it, there
                 chosen.remove(i)
-        return chosen
+        return chosen, spot
 
     def admit(self, demand: Demand) -> bool:
         """Hand the demand's requests to live instances, the least busy first; return whether slots ran out."""
@@ -342,6 +330,9 @@ class _Draft:
             share = Admit(i.id, demand.key, busy[i.id] - i.busy, demand.free if i is free_to else 0)
             if share.slotted or share.free:
                 self.decisions.append(share)
+                self.admitting.add(i.id)
+        if not slotted:
+            self.waiting -= {demand.key}
         return slotted > 0
 
     def scale_out(self, key: str) -> None:
@@ -350,5 +341,19 @@ class _Draft:
         mine = self.live(key)
         if recipe.failing or len(mine) >= recipe.max_instances or any(i.state is State.SPAWNING for i in mine):
             return
-        if self.fits(recipe.footprint, self.now, self.soon, self.future):
-            self.spawn(key)
+        if recipe.need is not None and (spot := self.room(recipe.need, self.now, self.soon, self.future)) is not None:
+            self.spawn(key, spot)
+
+
+def outlook(world: Snapshot, recipe: Recipe) -> Outlook:
+    """Return where one more instance of *recipe* would go, as if nobody waited for anything. Its need must be known."""
+    assert recipe.need is not None, "an unknown need has no outlook"
+    draft = _Draft(replace(world, demands=()))
+    if place(recipe.need, world.capacity) is None:
+        return Outlook(None)
+    pinned = [i for i in world.instances if i.pinned and i.state in LIVE and i.key != recipe.key]
+    others = draft.others(recipe.key)
+    for waits, pool in ((False, draft.evictable(recipe.key)), (True, others), (True, others + pinned)):
+        if (chosen := draft.choose(recipe.need, pool, draft.soon)) is not None:
+            return Outlook(chosen[1], tuple(i.id for i in chosen[0]), waits)
+    return Outlook(place(recipe.need, world.capacity), (), waits=True)

@@ -1,75 +1,83 @@
-"""Random scheduler worlds, what a plan does to one, and a small simulation that lets time pass in it."""
+"""Random scheduler worlds: nodes with GPUs and without, profiles of every kind, and instances that fit somewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import count
+from dataclasses import replace
+from functools import cache
+from math import inf
 from random import Random
 
 from hypothesis import strategies as st
 
 from mesh.core.lifecycle import State
+from mesh.core.placement import Need, gpu_kinds, place
 from mesh.core.resources import RAM, VRAM, Resources
-from mesh.core.scheduler import (
-    Admit,
-    Demand,
-    Drain,
-    InstanceView,
-    Plan,
-    Recipe,
-    Refuse,
-    Snapshot,
-    Spawn,
-)
+from mesh.core.world import Demand, InstanceView, Plan, Recipe, Snapshot
 
 Planner = Callable[[Snapshot], Plan]
+Pick = Callable[[int, int], int]  #: a source of integers between two: Hypothesis or a seeded Random
 NOW = 1000.0
 KEYS = ("a:x", "b:x", "c:x", "d:x")
+GPUS = ("gpu0", "gpu1", "gpu2", "gpu3")
 
 
-def memory(draw: Callable[[int, int], int], high: int) -> Resources:
-    return Resources({VRAM: draw(0, high), RAM: draw(0, high), "instances": 1})
+def make_capacity(pick: Pick) -> Resources:
+    """Unequal GPUs, with or without a limit of their sum; or none, and GPU memory is one pool, limited or not."""
+    amounts = {"instances": pick(1, 6)}
+    gpus = GPUS[: max(0, pick(-1, 4))]
+    amounts.update({kind: pick(2, 16) for kind in gpus})
+    if pick(0, 2):
+        amounts[RAM] = pick(6, 24)
+    if pick(0, 2) == 0 or (not gpus and pick(0, 3)):
+        amounts[VRAM] = pick(6, 24)
+    return Resources(amounts)
 
 
-def make_world(pick: Callable[[int, int], int]) -> Snapshot:
-    """Build a world from *pick(low, high)*, a source of integers: Hypothesis or a seeded Random."""
-    keys = KEYS[: pick(1, 4)]
-    recipes = {
-        k: Recipe(
-            k,
-            memory(pick, 12),
-            max_instances=pick(0, 3) if pick(0, 3) == 0 else pick(1, 3),
-            min_tenure_s=float(pick(0, 2) * 15),
-            idle_timeout_s=float(pick(0, 2) * 100),
-            pinned=pick(0, 5) == 0,
-            failing=pick(0, 7) == 0,
-        )
-        for k in keys
-    }
-    capacity = Resources({VRAM: pick(6, 24), RAM: pick(6, 24), "instances": pick(1, 6)})
-    instances: list[InstanceView] = []
-    used = Resources()
-    for n in range(pick(0, 5)):
-        recipe = recipes[keys[pick(0, len(keys) - 1)]]
-        if recipe.footprint.fits(capacity, used):
-            used = used + recipe.footprint
-            instances.append(make_instance(pick, f"i{n}", recipe))
-    demands = [
-        Demand(k, NOW - pick(0, 60), slotted=pick(0, 4), free=pick(0, 2)) for k in keys if pick(0, 2)
-    ]  # fmt: skip
-    return Snapshot(NOW, capacity, recipes, instances, [d for d in demands if d.slotted or d.free])
+def make_need(pick: Pick, gpus: list[str]) -> Need:
+    """A need of any kind; *gpus* are those of the node."""
+    need = Need(
+        fixed=Resources({RAM: pick(0, 10) if pick(0, 1) else 0, "instances": 1}),
+        split_mib=pick(0, 14),
+        each_mib=pick(0, 2),
+        grain_mib=pick(0, 1),
+        single=pick(0, 5) == 0,
+    )
+    if gpus and pick(0, 4) == 0:  # the profile's `devices`, or the user's own --tensor-split
+        mine = tuple(gpus[first:] if (first := pick(0, len(gpus) - 1)) else gpus[: pick(1, len(gpus))])
+        fixed_set = not need.single and pick(0, 1) == 1
+        proportions = tuple(float(pick(1, 3)) for _ in mine) if fixed_set and pick(0, 1) else ()
+        need = replace(need, gpus=mine, all_gpus=fixed_set, proportions=proportions)
+    return need
 
 
-def make_instance(pick: Callable[[int, int], int], id_: str, recipe: Recipe) -> InstanceView:
+def make_recipe(pick: Pick, key: str, capacity: Resources) -> Recipe:
+    need = make_need(pick, gpu_kinds(capacity))
+    vetted = pick(0, 4) > 0
+    return Recipe(
+        key,
+        need,
+        max_instances=pick(0, 3) if pick(0, 3) == 0 else pick(1, 3),
+        min_tenure_s=float(pick(0, 2) * 15),
+        idle_timeout_s=float(pick(0, 2) * 100),
+        pinned=pick(0, 5) == 0,
+        failing=pick(0, 7) == 0,
+        vetted=vetted,
+        vetting=not vetted and pick(0, 1) == 1,
+        ran_out=place(need, capacity) if vetted and pick(0, 7) == 0 else None,  # it got as far as to allocate
+        turn_ended=-inf if pick(0, 2) else NOW - pick(0, 60),
+    )
+
+
+def make_instance(pick: Pick, id_: str, recipe: Recipe, footprint: Resources) -> InstanceView:
     state = (State.SPAWNING, State.READY, State.READY, State.READY, State.DRAINING, State.STOPPING)[pick(0, 5)]
     serving = state in (State.READY, State.DRAINING)
     slots = pick(0, 3)
     busy = pick(0, slots or 3) if serving else 0
-    active = max(0, busy - pick(0, 1)) + pick(0, 1) if serving else 0
+    active = max(0, busy - pick(0, 1)) + pick(0, 1) if serving else 0  # less than busy: abandoned
     ready = NOW - pick(0, 60) * 5
     return InstanceView(
-        id_, recipe.key, state, recipe.footprint, active, busy, slots,
+        id_, recipe.key, state, footprint, active, busy, slots,
         ready_since=ready if serving else 0.0,
         idle_since=max(ready, NOW - pick(0, 250)) if serving else 0.0,
         fresh=serving and not active and pick(0, 2) == 0,
@@ -78,108 +86,61 @@ def make_instance(pick: Callable[[int, int], int], id_: str, recipe: Recipe) -> 
     )  # fmt: skip
 
 
+def make_world(pick: Pick) -> Snapshot:
+    keys = KEYS[: pick(1, 4)]
+    capacity = make_capacity(pick)
+    recipes = {key: make_recipe(pick, key, capacity) for key in keys}
+    instances: list[InstanceView] = []
+    used = Resources()
+    for n in range(pick(0, 5)):
+        recipe = recipes[keys[pick(0, len(keys) - 1)]]
+        assert recipe.need is not None
+        spot = place(recipe.need, capacity, used)
+        if spot is not None:
+            used = used + spot
+            instances.append(make_instance(pick, f"i{n}", recipe, spot))
+    for i in instances:  # one that serves has started before
+        if i.state in (State.READY, State.DRAINING):
+            recipes[i.key] = replace(recipes[i.key], vetted=True, vetting=False)
+    for key in keys:  # the size of a changed file is being looked up, whatever runs of the old one
+        if pick(0, 9) == 0:
+            recipes[key] = replace(recipes[key], need=None)
+    demands = [
+        Demand(k, NOW - pick(0, 60), slotted=pick(0, 4), free=pick(0, 2)) for k in keys if pick(0, 2)
+    ]  # fmt: skip
+    waiting = [d for d in demands if d.slotted or d.free]
+    return Snapshot(NOW, capacity, recipes, instances, waiting, make_foreign(pick, capacity))
+
+
+def make_foreign(pick: Pick, capacity: Resources) -> Resources:
+    """What other programs take, mostly nothing; it may be more than what is left."""
+    if pick(0, 2):
+        return Resources()
+    return Resources({k: mib for k in capacity.mib if k != "instances" and (mib := pick(0, 12))})
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> Snapshot:
     return make_world(lambda low, high: draw(st.integers(low, high)))
 
 
 def seeded_worlds(number: int, seed: int = 7) -> Iterator[Snapshot]:
+    return iter(_seeded(number, seed))
+
+
+@cache
+def _seeded(number: int, seed: int) -> tuple[Snapshot, ...]:
     rng = Random(seed)
-    return (make_world(rng.randint) for _ in range(number))
+    return tuple(make_world(rng.randint) for _ in range(number))
 
 
-def apply(world: Snapshot, plan: Plan) -> Snapshot:
-    """Return the world right after the supervisor carried *plan* out."""
-    instances = {i.id: i for i in world.instances}
-    demands = {d.key: d for d in world.demands}
-    serial = count()
-    for decision in plan.decisions:
-        match decision:
-            case Admit(instance=id_, key=key, slotted=slotted, free=free):
-                i, d = instances[id_], demands[key]
-                instances[id_] = replace(i, active=i.active + slotted + free, busy=i.busy + slotted, fresh=False)
-                demands[key] = replace(d, slotted=d.slotted - slotted, free=d.free - free)
-            case Spawn(key=key):
-                new = f"new{next(serial)}-{world.now}"
-                instances[new] = InstanceView(new, key, State.SPAWNING, world.recipes[key].footprint,
-                                              fresh=True, pinned=world.recipes[key].pinned)  # fmt: skip
-            case Drain(instance=id_):
-                i = instances[id_]
-                idle = not i.active or i.state is State.SPAWNING
-                instances[id_] = replace(i, state=State.STOPPING if idle else State.DRAINING)
-            case Refuse(key=key):
-                del demands[key]
-    left = [d for d in demands.values() if d.slotted or d.free]
-    return replace(world, instances=list(instances.values()), demands=left)
+def remembering(planner: Planner) -> Planner:
+    """Return *planner*, asked only once for the same world: every rule asks again."""
+    last: list[tuple[Snapshot, Plan]] = []
 
+    def asked_once(world: Snapshot) -> Plan:
+        if not last or last[0][0] is not world:
+            last[:] = [(world, planner(world))]
+        return last[0][1]
 
-@dataclass
-class Simulation:
-    """Time passes: loads finish, requests end, stopped processes vanish, and the plan runs after each step."""
-
-    world: Snapshot
-    planner: Planner
-    service_s: float = 2.0
-    load_s: float = 5.0
-    stop_s: float = 1.0
-    slots: int = 1
-    swaps: int = 0
-    waits: dict[str, float] = field(default_factory=dict)  #: longest time a profile's demand stood unserved
-    _due: list[tuple[float, str, str]] = field(default_factory=list)
-
-    def run(self, seconds: float, arrivals: Callable[[float], list[tuple[str, int]]] = lambda now: []) -> None:
-        end = self.world.now + seconds
-        while self.world.now < end:
-            self._arrive(arrivals(self.world.now))
-            self._plan()
-            self.world = replace(self.world, now=self.world.now + 0.5)
-            self._happen()
-        self._plan()
-
-    def _arrive(self, arrivals: list[tuple[str, int]]) -> None:
-        demands = {d.key: d for d in self.world.demands}
-        for key, number in arrivals:
-            old = demands.get(key) or Demand(key, self.world.now)
-            demands[key] = replace(old, slotted=old.slotted + number)
-        self.world = replace(self.world, demands=list(demands.values()))
-
-    def _plan(self) -> None:
-        result = self.planner(self.world)
-        before = {i.id: i for i in self.world.instances}
-        for d in self.world.demands:
-            self.waits[d.key] = max(self.waits.get(d.key, 0.0), self.world.now - d.since)
-        served = {x.key for x in result.decisions if isinstance(x, Admit)}
-        self.world = apply(self.world, result)
-        self.world = replace(
-            self.world,
-            demands=[replace(d, since=self.world.now) if d.key in served else d for d in self.world.demands],
-        )
-        for i in self.world.instances:
-            old = before.get(i.id)
-            if old is None:
-                self.swaps += 1
-                self._due.append((self.world.now + self.load_s, "ready", i.id))
-            elif i.state is State.STOPPING and old.state is not State.STOPPING:
-                self._due.append((self.world.now + self.stop_s, "gone", i.id))
-            for n in range(i.active - (old.active if old else 0)):  # not all at once: an instance may never fall idle
-                self._due.append((self.world.now + self.service_s + n % 3 * 0.5, "end", i.id))
-
-    def _happen(self) -> None:
-        now = self.world.now
-        instances = {i.id: i for i in self.world.instances}
-        due, self._due = [x for x in self._due if x[0] <= now], [x for x in self._due if x[0] > now]
-        for _, what, id_ in due:
-            i = instances.get(id_)
-            if i is None:
-                continue
-            if what == "ready" and i.state is State.SPAWNING:
-                instances[id_] = replace(i, state=State.READY, ready_since=now, idle_since=now, slots=self.slots)
-            elif what == "gone":
-                del instances[id_]
-            elif what == "end":
-                i = replace(i, active=max(0, i.active - 1), busy=max(0, i.busy - 1), idle_since=now)
-                instances[id_] = i
-                if i.state is State.DRAINING and not i.active:
-                    instances[id_] = replace(i, state=State.STOPPING)
-                    self._due.append((now + self.stop_s, "gone", id_))
-        self.world = replace(self.world, instances=list(instances.values()))
+    return asked_once
