@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _log = logging.getLogger("mesh.tasks")
 _running: set[asyncio.Task[Any]] = set()
@@ -32,6 +37,23 @@ def _finished(task: asyncio.Task[Any]) -> None:
     _running.discard(task)
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.error("background task %s failed", task.get_name(), exc_info=error)
+
+
+async def in_daemon_thread(job: Callable[[], T], name: str) -> T:
+    """Return what *job* returns, run in a thread of its own: one that hangs for ever keeps no process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def work() -> None:
+        try:
+            settle = partial(future.set_result, job())
+        except BaseException as error:
+            settle = partial(future.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(lambda: None if future.done() else settle())
+
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return await future
 
 
 async def forever(step: Callable[[], Coroutine[Any, Any, None]], *, every_s: float, name: str) -> None:

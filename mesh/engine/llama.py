@@ -23,6 +23,7 @@ from mesh.config.llama_args import (
     without_flags,
 )
 from mesh.config.profile import Engine, Profile
+from mesh.engine.assignment import VISIBLE_VARIABLES, Assignment
 from mesh.engine.locate import EngineBinary
 from mesh.errors import ConfigError
 
@@ -36,6 +37,8 @@ HF_TOKEN_VARIABLE = "HF_TOKEN"
 MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_DOCKER_REPO")
 #: of this process's environment, never for a child: the node's own settings, with its keys, and a stray child key
 _WITHHELD = re.compile(r"LLAMESH_|LLAMA_API_KEY$")
+
+UNASSIGNED = Assignment()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,13 @@ def fixed_port(profile: Profile) -> int | None:
     return int(text)
 
 
-def command(profile: Profile, engine: EngineBinary, port: int, environ: Mapping[str, str] | None = None) -> Command:
+def command(
+    profile: Profile,
+    engine: EngineBinary,
+    port: int,
+    environ: Mapping[str, str] | None = None,
+    assignment: Assignment = UNASSIGNED,
+) -> Command:
     """Return how to start *profile* on *port*. Raise ``ConfigError`` for what can only be wrong (trap 30)."""
     if profile.engine is not Engine.LLAMA:
         raise ConfigError(f"profile {profile.key}: engine {profile.engine} cannot be run by this version")
@@ -68,17 +77,18 @@ def command(profile: Profile, engine: EngineBinary, port: int, environ: Mapping[
         raise ConfigError(f"profile {profile.key} names no model; give it model_path, hf_repo or -m in its arguments")
     host = flag_value(args, ("--host",)) or LOOPBACK
     key = _api_key(profile, args)
-    env = child_env(profile, os.environ if environ is None else environ)
+    env = child_env(profile, os.environ if environ is None else environ, assignment)
     if (keys := flag_value(args, API_KEY_FLAGS)) is not None:
         env[API_KEY_VARIABLE] = keys
     if (token := flag_value(args, HF_TOKEN_FLAGS)) is not None:
         env[HF_TOKEN_VARIABLE] = token
     open_args = without_flags(args, ADDRESS_FLAGS + API_KEY_FLAGS + HF_TOKEN_FLAGS)
-    argv = (*engine.argv, *open_args, "--host", host, "--port", str(port))
+    chosen = _ordered(assignment, profile).arguments(args, env)
+    argv = (*engine.argv, *open_args, *chosen, "--host", host, "--port", str(port))
     return Command(argv, env, _reachable(profile, host), port, key)
 
 
-def child_env(profile: Profile, environ: Mapping[str, str]) -> dict[str, str]:
+def child_env(profile: Profile, environ: Mapping[str, str], assignment: Assignment = UNASSIGNED) -> dict[str, str]:
     """Return the environment of *profile*'s child, on the basis of this process's *environ*."""
     env = {name: value for name, value in environ.items() if not _WITHHELD.match(name)}
     # OpenMP threads spin at their barriers by default: beside other load that costs up to 90 times the speed
@@ -86,6 +96,12 @@ def child_env(profile: Profile, environ: Mapping[str, str]) -> dict[str, str]:
     if profile.devices:
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers that nvidia-smi shows
         env["CUDA_VISIBLE_DEVICES"] = ",".join(_device(name) for name in profile.devices)
+    if assignment.gpus is not None:
+        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    given = _ordered(assignment, profile).environment(profile.args, env | dict(profile.env))
+    if "HIP_VISIBLE_DEVICES" in given:
+        env.pop("ROCR_VISIBLE_DEVICES", None)  # HIP counts within it, and we count all
+    env |= given
     return env | dict(profile.env)
 
 
@@ -116,6 +132,12 @@ def _reachable(profile: Profile, host: str) -> str:
             continue
         return {"0.0.0.0": LOOPBACK, "::": "::1", "localhost": LOOPBACK, "*": LOOPBACK}.get(address, address)
     raise ConfigError(f"profile {profile.key}: --host {host} is no TCP address; use 127.0.0.1, or leave --host out")
+
+
+def _ordered(assignment: Assignment, profile: Profile) -> Assignment:
+    """Return *assignment* in the order in which the user lists the GPUs, who may count on it."""
+    own = next((profile.env[name] for name in VISIBLE_VARIABLES if name in profile.env), None)
+    return assignment.in_order_of(profile.devices if own is None else own.split(","))
 
 
 def _device(name: str) -> str:

@@ -22,11 +22,13 @@ from typing import Any, Final
 from mesh import tasks
 from mesh.config.profile import Profile
 from mesh.engine import llama
-from mesh.engine.exits import describe_exit
+from mesh.engine.assignment import Assignment
+from mesh.engine.exits import Cause, classify, describe_exit
 from mesh.engine.lease import Endpoint
 from mesh.engine.locate import EngineBinary, LlamaCppSettings, find_engine
 from mesh.engine.probe import Prober
 from mesh.engine.stall import StallClock, silence_limit_s
+from mesh.engine.vetting import complaint
 from mesh.host.logring import LogRing
 from mesh.host.memory import sample_tree_async
 from mesh.host.ports import PortAllocator
@@ -45,6 +47,8 @@ SAMPLE_EVERY_S: Final = 1.0
 PROPERTIES_TRIES: Final = 3
 #: lines of the log that a report carries
 TAIL_LINES: Final = 40
+#: lines of the log that are searched for the cause of an exit
+CAUSE_LINES: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class Exited:
     returncode: int | None
     reason: str
     log_tail: tuple[str, ...]
+    cause: Cause = Cause.OTHER
 
 
 Report = Healthy | Stalled | Exited
@@ -87,9 +92,18 @@ class Host:
 class Runner:
     """One instance. ``start`` once; the signals are idempotent and harmless after the exit."""
 
-    def __init__(self, instance_id: str, profile: Profile, report: Callable[[Report], None], *, host: Host) -> None:
+    def __init__(
+        self,
+        instance_id: str,
+        profile: Profile,
+        report: Callable[[Report], None],
+        *,
+        host: Host,
+        assignment: Assignment = llama.UNASSIGNED,
+    ) -> None:
         self.instance_id = instance_id
         self.profile = profile
+        self.assignment = assignment
         #: complete once ``start`` returned; not alive before
         self.endpoint = Endpoint(instance_id, profile, llama.LOOPBACK, 0, alive=False)
         self.ring = LogRing()
@@ -118,7 +132,7 @@ class Runner:
         ports = self._host.ports
         port = ports.reserve() if fixed is None else ports.reserve_fixed(fixed)
         try:
-            command = llama.command(self.profile, self.engine, port)
+            command = llama.command(self.profile, self.engine, port, assignment=self.assignment)
             self._process = Process.start(
                 command.argv, env=command.env, on_exit=self._exited, ring=self.ring, warden=self._host.warden
             )
@@ -164,8 +178,9 @@ class Runner:
         self._stop_readiness()
         self.endpoint.close()
         self._host.ports.release(self.endpoint.port)
-        tail = tuple(self.ring.tail(TAIL_LINES))
-        self._report(Exited(returncode, describe_exit(returncode, tail, asked=self._told_to_stop), tail))
+        asked, tail = self._told_to_stop, tuple(self.ring.tail(TAIL_LINES))
+        cause = classify(returncode, self.ring.tail(CAUSE_LINES), asked=asked)
+        self._report(Exited(returncode, describe_exit(returncode, tail, asked=asked), tail, cause))
 
     # -- readiness
 
@@ -220,9 +235,20 @@ class Launcher:
     def __init__(self, llama_cpp: LlamaCppSettings, ports: PortAllocator | None = None) -> None:
         self._host = Host(ports or PortAllocator(), lambda: find_engine(llama_cpp))
 
-    def launch(self, instance_id: str, profile: Profile, report: Callable[[Report], None]) -> Runner:
+    def launch(
+        self,
+        instance_id: str,
+        profile: Profile,
+        report: Callable[[Report], None],
+        assignment: Assignment = llama.UNASSIGNED,
+    ) -> Runner:
         """Return a runner; the caller starts it."""
-        return Runner(instance_id, profile, report, host=self._host)
+        return Runner(instance_id, profile, report, host=self._host, assignment=assignment)
+
+    async def vet(self, profile: Profile) -> str | None:
+        """Return what llama-server has against *profile*'s arguments, without loading anything; None if nothing, or
+        if it cannot be told. Raise a ``MeshError`` for what makes starting it impossible."""
+        return await complaint(profile, self._host.find_engine(), self._host.warden)
 
     def engine(self) -> EngineBinary:
         """Return the engine that the next instance would run; raise ``EngineMissingError`` if there is none."""

@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 
 from mesh.config.profile import Engine, Profile
+from mesh.core.devices import Gpu
 from mesh.engine import llama
+from mesh.engine.assignment import Assignment
 from mesh.engine.locate import EngineBinary
 from mesh.errors import ConfigError
 
 ENGINE = EngineBinary(("/opt/llama-server",), None, "configured")
+
+
+GPUS = tuple(Gpu(f"gpu{i}", f"GPU-{i}", "A100", 80_000, 0, index=i) for i in range(3))
 
 
 def profile(*args: str, model_path: str | None = "/m/a.gguf", **fields: Any) -> Profile:
@@ -118,3 +123,37 @@ def test_the_model_that_must_be_loaded() -> None:
     assert llama.expected_model(profile()) == "/m/a.gguf"
     assert llama.expected_model(profile("-m", "/m/b.gguf")) == "/m/b.gguf"
     assert llama.expected_model(profile(model_path=None, hf_repo="a/b")) is None
+
+
+def test_what_the_node_decided_stands_before_the_address() -> None:
+    command = llama.command(profile(), ENGINE, 10001, {}, Assignment(GPUS[:2], (300, 100), 64))
+    assert command.env["LLAMA_ARG_CACHE_RAM"] == "64", "an old llama-server would die of the flag"
+    assert command.argv[-6:] == (
+        *("--tensor-split", "300,100"),
+        *("--host", "127.0.0.1", "--port", "10001"),
+    )
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
+    assert command.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_an_assignment_narrows_the_profiles_devices_in_their_order() -> None:
+    command = llama.command(profile(devices=("2", "0")), ENGINE, 1, {}, Assignment(GPUS[::2], (100, 300)))
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "GPU-2,GPU-0"
+    assert command.argv[command.argv.index("--tensor-split") + 1] == "300,100"
+
+
+def test_the_profiles_own_variables_outrank_an_assignment() -> None:
+    users = profile(env={"CUDA_VISIBLE_DEVICES": "1,0", "LLAMA_ARG_CACHE_RAM": "1"})
+    command = llama.command(users, ENGINE, 1, {}, Assignment(GPUS[:2], (100, 300), 64))
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "1,0"
+    assert command.argv[command.argv.index("--tensor-split") + 1] == "300,100", "in the order that the child sees"
+    assert command.env["LLAMA_ARG_CACHE_RAM"] == "1"
+
+
+def test_an_assignment_outranks_the_nodes_own_variables() -> None:
+    command = llama.command(profile(), ENGINE, 1, {"CUDA_VISIBLE_DEVICES": "0,1"}, Assignment(GPUS[1:2], (9,)))
+    assert command.env["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    counted = llama.command(profile("-ts", "1,1"), ENGINE, 1, {"CUDA_VISIBLE_DEVICES": "0,1"}, Assignment(GPUS[1:2]))
+    assert counted.env["CUDA_VISIBLE_DEVICES"] == "0,1"
+    inherited = llama.command(profile(), ENGINE, 1, {"LLAMA_ARG_TENSOR_SPLIT": "1,2"}, Assignment(GPUS[:2], (1, 1)))
+    assert "--tensor-split" not in inherited.argv

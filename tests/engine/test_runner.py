@@ -9,10 +9,13 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mesh.config.settings import LlamaCpp
 from mesh.engine import runner as runner_module
+from mesh.engine.assignment import Assignment
+from mesh.engine.exits import Cause
 from mesh.engine.locate import EngineBinary
 from mesh.engine.runner import Exited, Healthy, Launcher, Runner
 from mesh.errors import CapacityError, ConfigError, EngineMissingError, InstanceError
@@ -79,12 +82,14 @@ async def test_a_hanging_health_answer_does_not_outlive_the_child(node: Node) ->
     runner.kill()
     exited = await reports.exited()
     assert exited.returncode == -signal.SIGKILL
+    assert exited.cause is Cause.OTHER, "we did it"
 
 
 async def test_a_refused_flag_is_told_with_the_log(node: Node) -> None:
     _, reports = node.start("--no-such-flag")
     exited = await reports.exited()
     assert exited.reason == "error: invalid argument: --no-such-flag (llama-server ended by itself: exit code 1)"
+    assert exited.cause is Cause.USAGE
 
 
 async def test_a_crash_after_ready(node: Node) -> None:
@@ -261,6 +266,31 @@ async def test_the_launcher_runs_the_configured_binary(tmp_path: Path) -> None:
     runner.terminate()
     await reports.exited()
     await launcher.close()
+
+
+async def test_an_assignment_reaches_the_child(tmp_path: Path) -> None:
+    script = tmp_path / "llama-server"
+    script.write_text(f'#!/bin/sh\nexec {" ".join(FAKE.argv)} "$@"\n')
+    script.chmod(0o755)
+    launcher, reports = Launcher(LlamaCpp(binary_path=str(script))), Reports()
+    runner = launcher.launch("m-1", make_profile(), reports, Assignment(None, (), 77))
+    runner.start()
+    await reports.healthy()
+    assert psutil.Process(runner.pid).environ()["LLAMA_ARG_CACHE_RAM"] == "77"
+    runner.terminate()
+    await reports.exited()
+    assert await launcher.vet(make_profile("--bogus")) == "error: invalid argument: --bogus"
+    assert await launcher.vet(make_profile()) is None
+    await launcher.close()
+
+
+async def test_a_child_that_the_system_kills_ran_out_of_memory(node: Node) -> None:
+    """trap 46"""
+    runner, reports = node.start(env=faults(load_s=600))
+    await line_of(runner, "loading")
+    assert runner.pid is not None
+    os.kill(runner.pid, signal.SIGKILL)
+    assert (await reports.exited()).cause is Cause.MEMORY
 
 
 async def test_a_missing_engine_is_told_by_start(tmp_path: Path) -> None:
