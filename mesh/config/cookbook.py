@@ -242,7 +242,9 @@ def _too_large(entry: Entry, profile: Profile, settings: Settings) -> Iterator[P
         ("estimated_sysmem_mb", entry.profile.estimated_sysmem_mb, "max_sysmem_mb", settings.max_sysmem_mb),
     ):
         if need_mib is not None and isinstance(budget_mib, int) and need_mib > budget_mib:
-            message = f"{need_mib} is more than all of {budget_key}, {budget_mib}; {profile.id} will be refused here"
+            message = (
+                f"{need_mib} is more than all of {budget_key}, {budget_mib}; it is refused until measured to need less"
+            )
             yield Problem((*entry.path, key), message)
 
 

@@ -132,8 +132,12 @@ class ProfileEntry(Inheritable):
     model_path: Path | None = _key(None, "A GGUF file")
     hf_repo: Path | None = _key(None, "Or a Hugging Face repository, user/repo or user/repo:quant")
     hf_file: Path | None = _key(None, "The file in hf_repo")
-    estimated_vram_mb: Megabytes | None = _key(None, "GPU memory of one instance, in MB or as '8GB'")
-    estimated_sysmem_mb: Megabytes | None = _key(None, "Main memory of one instance, in MB or as '8GB'")
+    estimated_vram_mb: Megabytes | None = _key(
+        None, "GPU memory of one instance, in MB or as '8GB'; used until it was measured"
+    )
+    estimated_sysmem_mb: Megabytes | None = _key(
+        None, "Main memory of one instance, in MB or as '8GB'; used until it was measured"
+    )
 
 
 class ModelEntry(Section):

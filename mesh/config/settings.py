@@ -10,12 +10,14 @@ import re
 import socket
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mesh.config.address import split_address
 from mesh.config.fields import HeaderKey, HeaderName, HeaderValue, Line, Port, Section, StrictLine, Text, not_zero
 from mesh.config.units import Budget, Bytes, Count, Milliseconds, Seconds
+
+_GPU = re.compile(r"(gpu)?(?P<number>[0-9]{1,4})|(?P<kind>gpu|mig)-(?P<uuid>[0-9a-z/-]+)", re.IGNORECASE)
 
 
 def _host_name() -> str:
@@ -26,6 +28,21 @@ def _host_name() -> str:
 def _listen_address(text: str) -> str:
     split_address(text)
     return text.strip()
+
+
+def _gpu_names(limits: object) -> object:
+    """Name each GPU in one way, by number or as NVML spells its UUID; refuse two limits for one GPU."""
+    if not isinstance(limits, dict):
+        return limits
+    named: dict[str, object] = {}
+    for key, limit in limits.items():
+        if isinstance(key, bool) or not (found := _GPU.fullmatch(str(key).strip())):
+            raise ValueError(f"{key!r} names no GPU; use its number (0, 1, ...) or its UUID (GPU-...)")
+        name = str(int(found["number"])) if found["number"] else f"{found['kind'].upper()}-{found['uuid'].lower()}"
+        if name in named:
+            raise ValueError(f"{key!r} is limited twice")
+        named[name] = limit
+    return named
 
 
 def _http_url(text: str) -> str:
@@ -230,7 +247,12 @@ class Settings(Section, BaseSettings):
         "127.0.0.1:8080", "Address and port; 0.0.0.0:8080 or [::]:8080 for all interfaces; port 0 = any free one"
     )
     public_url: Annotated[Line, AfterValidator(_http_url)] | None = _key(None, "URL at which others reach this node")
-    max_vram_mb: Budget | None = _key(None, "GPU memory for models, in MB or as '24GB'; auto; null = not limited")
+    max_vram_mb: Budget | None = _key(
+        None, "GPU memory for models, all GPUs together, in MB or as '24GB'; auto = most of each; null = not limited"
+    )
+    max_vram_mb_per_gpu: Annotated[dict[str, Budget], BeforeValidator(_gpu_names)] = _key(
+        {}, "The same for single GPUs, by number or UUID, for example {0: 20GB, 1: auto}; the others have no limit here"
+    )
     max_sysmem_mb: Budget | None = _key(None, "Main memory for models, in MB or as '64GB'; auto; null = not limited")
     max_instances_per_node: Annotated[Count, not_zero("no model could ever be started")] = _key(
         100, "Instances at once on this node"

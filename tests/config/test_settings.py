@@ -100,6 +100,15 @@ def test_units(files: Files) -> None:
     )
 
 
+def test_single_gpus_are_named_by_number_or_uuid(files: Files) -> None:
+    uuid = "GPU-8a1b2c3d-0000-0000-0000-00000000000a"
+    settings = files.load(f"max_vram_mb_per_gpu: {{0: 20GB, gpu1: auto, '2': 0, {uuid.upper()}: 1000}}").settings
+    assert settings.max_vram_mb_per_gpu == {"0": 20480, "1": "auto", "2": 0, uuid: 1000}
+    assert files.load("max_vram_mb_per_gpu:").settings.max_vram_mb_per_gpu == {}
+    environ = {"LLAMESH_MAX_VRAM_MB_PER_GPU__0": "20GB", "LLAMESH_MAX_VRAM_MB_PER_GPU__1": "auto"}
+    assert files.load("{}", environ=environ).settings.max_vram_mb_per_gpu == {"0": 20480, "1": "auto"}
+
+
 def test_only_another_binary_path_is_a_choice(files: Files) -> None:
     """A copied example names the default path; that file need not exist."""
     copied = files.load("llama_cpp: {binary_path: ./llama.cpp/bin/llama-server}").settings
@@ -127,6 +136,10 @@ def test_only_another_binary_path_is_a_choice(files: Files) -> None:
         ("listen_addr: '::1:80'", "listen_addr: IPv6 addresses need brackets: [::1]:80"),
         ("public_url: gpu-1", "public_url: expected a URL"),
         ("max_vram_mb: much", "max_vram_mb: expected a number or text such as '24GB' or '512MB', or 'auto', got"),
+        ("max_vram_mb_per_gpu: {0: much}", "max_vram_mb_per_gpu.0: expected a number or text such as"),
+        ("max_vram_mb_per_gpu: {0: 1, gpu0: 2}", "max_vram_mb_per_gpu: 'gpu0' is limited twice"),
+        ("max_vram_mb_per_gpu: {left: 1}", "max_vram_mb_per_gpu: 'left' names no GPU; use its number"),
+        ("max_vram_mb_per_gpu: 24GB", "max_vram_mb_per_gpu: expected a mapping of keys, got '24GB'"),
         ("max_hops: true", "max_hops: expected a whole number, got true"),
         ("llama_cpp_ports: {}", "llama_cpp_ports: llama_cpp_ports is configured but provides no usable ports"),
         ("llama_cpp_ports: {ports: [0]}", "llama_cpp_ports.ports[0]: is not a port; use 1 to 65535, got 0"),
