@@ -8,10 +8,11 @@ children in parallel, save the counters. A second signal kills the children and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import IO
@@ -24,14 +25,19 @@ from mesh.api.context import NodeContext
 from mesh.api.dataplane import DataPlane
 from mesh.api.server import build_app
 from mesh.config.loader import DEFAULT_COOKBOOK, Diagnostic, Loaded, load_catalog
+from mesh.config.profile import Profile
 from mesh.config.settings import Settings
 from mesh.config.watch import watch_cookbook
-from mesh.core.resources import RAM, VRAM, Resources
+from mesh.core.budget import BudgetLimits
+from mesh.core.gpu_choice import named
+from mesh.core.resources import RAM
+from mesh.engine.footprints import FootprintBook
 from mesh.engine.locate import EngineBinary
 from mesh.engine.runner import Launcher
 from mesh.engine.supervisor import Limits, Supervisor
+from mesh.engine.telemetry import Telemetry
 from mesh.errors import ConfigError, EngineMissingError
-from mesh.host.memory import ram_total_mib
+from mesh.host.devices import DeviceReader
 from mesh.host.ports import PortAllocator
 from mesh.logs import Log, Logging, configure
 from mesh.metrics import Metrics
@@ -41,8 +47,8 @@ from mesh.tasks import forever, spawn, wall_time
 
 log = Log(__name__)
 
-#: How much of the machine's main memory ``max_sysmem_mb: auto`` gives to models.
-AUTO_RAM_SHARE = 0.85
+#: How long the start waits for the first look at the machine's memory.
+FIRST_SAMPLE_S = 5.0
 SAVE_METRICS_EVERY_S = 10.0
 #: How long what the engine locator said is believed; health endpoints ask often.
 ENGINE_TTL_S = 1.0
@@ -115,9 +121,23 @@ class Node:
         ports = settings.llama_cpp_ports.numbers() if settings.llama_cpp_ports is not None else None
         self._launcher = Launcher(settings.llama_cpp, PortAllocator(ports))
         self._engine = EngineStatus(self._launcher.engine)
-        self.supervisor = Supervisor(
-            catalog=loaded.catalog, launcher=self._launcher, limits=limits(settings), metrics=self.metrics
+        self._footprints = FootprintBook(
+            engine=self._launcher.engine,
+            ram_limit_mib=lambda: self.supervisor.ledger.capacity.mib.get(RAM),
+            devices=lambda: self.supervisor.ledger.devices,
+            path=footprints_path(settings),
+            changed=lambda: self.supervisor.footprints_changed(),
         )
+        self._footprints.restore()
+        self.supervisor = Supervisor(
+            catalog=loaded.catalog,
+            launcher=self._launcher,
+            limits=limits(settings),
+            metrics=self.metrics,
+            footprints=self._footprints,
+        )
+        self._devices = DeviceReader()
+        self._telemetry = Telemetry(self._devices.read, self.supervisor.processes, self.supervisor.sampled)
         self.context = NodeContext(
             settings=settings,
             supervisor=self.supervisor,
@@ -136,8 +156,9 @@ class Node:
 
     async def start(self) -> None:
         """Listen and serve. Raise ``ConfigError`` if the port is taken or a certificate cannot be used."""
+        await self._look_at_the_machine()
         await self.listener.start()
-        self._tasks.append(spawn(forever(self._save_metrics, every_s=SAVE_METRICS_EVERY_S, name="metrics"), "metrics"))
+        self._tasks.append(spawn(forever(self._save, every_s=SAVE_METRICS_EVERY_S, name="metrics"), "metrics"))
         self._tasks.append(spawn(watch_cookbook(self._cookbook_path, self._reload), "watch cookbook"))
         host, _ = self.settings.listen
         log.info("node started", node=self.settings.node_id, version=__version__, host=host, port=self.listener.port,
@@ -153,14 +174,17 @@ class Node:
         """Drain, then stop everything; see the module docstring."""
         self.context.draining = True
         self.listener.close_listening()
-        for task in self._tasks:
+        for task in self._tasks:  # but not telemetry: what is queued may still wait for memory to return
             task.cancel()
         self.plane.begin_drain()
         await self.supervisor.close(self.settings.shutdown_grace_period_seconds, lambda: self.plane.busy)
         await self.listener.close()
         await self.plane.close(LAST_BYTES_S)
         await self._launcher.close()
-        await self._save_metrics()
+        self._sampling.cancel()
+        self._telemetry.close()
+        self._devices.close()
+        await self._save()
         log.info("node stopped", node=self.settings.node_id)
 
     def kill(self) -> None:
@@ -171,8 +195,34 @@ class Node:
     def unlock(self) -> None:
         self._lock.close()
 
-    async def _save_metrics(self) -> None:
+    async def _save(self) -> None:
         await self.metrics.save(self._metrics_path)
+        await self._footprints.save()
+
+    async def _look_at_the_machine(self) -> None:
+        """Know the budget before the first request; a driver that hangs must not keep the node from starting."""
+        self.supervisor.telemetry = self._telemetry
+        self._sampling = spawn(self._telemetry.run(), "telemetry")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_SAMPLE_S):
+                await self.supervisor.first_sample.wait()
+        self._footprints.survey(self.supervisor.catalog.profiles)
+        devices = self.supervisor.ledger.devices
+        if self.settings.max_vram_mb == "auto" and (devices is None or not devices.budgeted):
+            log.warning("max_vram_mb: auto, but no GPU could be measured; GPU memory is not limited")
+        if devices is not None and devices.gpus and self._engine.source() == "embedded":
+            log.warning("there are GPUs, but the embedded engine is for the CPU; set llama_cpp.binary_path to use them",
+                        gpus=[gpu.name for gpu in devices.gpus])  # fmt: skip
+        self._warn_of_devices()
+
+    def _warn_of_devices(self) -> None:
+        """Say which GPUs the files name that this machine does not have; nothing runs on them."""
+        devices = self.supervisor.ledger.devices
+        gpus = devices.gpus if devices is not None else ()
+        for where, name in gpu_names(self.settings, self.supervisor.catalog.profiles) if gpus else ():
+            if not any(named(gpu, name) for gpu in gpus):
+                there = ", ".join(f"{gpu.index} ({gpu.uuid}, {gpu.name})" for gpu in gpus)
+                log.warning("there is no such GPU", key=where, named=name, there=there)
 
     async def _reload(self) -> None:
         """Swap the catalog if the cookbook is valid as a whole; else keep the old one and say why, once."""
@@ -188,6 +238,8 @@ class Node:
                 log.warning("cookbook", warning=str(warning))
         self._warnings = _unplaced(warnings)
         self.supervisor.apply_catalog(catalog)
+        self._footprints.survey(catalog.profiles)
+        self._warn_of_devices()
         log.info("cookbook reloaded", cookbook=_shown(self._cookbook_path), version=version,
                  models=len(catalog.profiles))  # fmt: skip
 
@@ -226,11 +278,17 @@ class EngineStatus:
         self._find = find
         self._looked_at = float("-inf")
         self._version: str | None = None
+        self._source: str | None = None
         self._missing: EngineMissingError | None = None
 
     def version(self) -> str | None:
         self._look()
         return self._version
+
+    def source(self) -> str | None:
+        """Return where the engine is from: "configured", "embedded" or "path"."""
+        self._look()
+        return self._source
 
     def problem(self) -> str | None:
         """Return why no instance can be started, or None. The short words are llamesh's."""
@@ -247,24 +305,33 @@ class EngineStatus:
             return
         self._looked_at = now
         try:
-            self._version, self._missing = self._find().version, None
+            engine = self._find()
+            self._version, self._source, self._missing = engine.version, engine.source, None
         except EngineMissingError as error:
-            self._version, self._missing = None, error
+            self._version, self._source, self._missing = None, None, error
+
+
+def gpu_names(settings: Settings, profiles: Iterable[Profile]) -> Iterator[tuple[str, str]]:
+    """Yield the key and the name for each GPU that the files name."""
+    yield from (("max_vram_mb_per_gpu", name) for name in settings.max_vram_mb_per_gpu)
+    yield from ((f"devices of {profile.key}", name) for profile in profiles for name in profile.devices)
+
+
+def footprints_path(settings: Settings) -> Path:
+    """Return where a node with *settings* keeps what it learned of its models' memory."""
+    metrics = Path(settings.metrics_path).expanduser()
+    return metrics.with_name(metrics.stem + ".footprints.json")
 
 
 def limits(settings: Settings) -> Limits:
-    """Return the node's limits; ``auto`` main memory is a share of what the machine (or its cgroup) has."""
-    capacity: dict[str, int] = {}
-    if settings.max_sysmem_mb is not None:
-        auto = settings.max_sysmem_mb == "auto"
-        capacity[RAM] = int(ram_total_mib() * AUTO_RAM_SHARE) if auto else int(settings.max_sysmem_mb)
-    if settings.max_vram_mb == "auto":
-        log.warning(
-            "max_vram_mb: auto needs GPU telemetry, which this version does not have; GPU memory is not limited"
-        )
-    elif settings.max_vram_mb is not None:
-        capacity[VRAM] = int(settings.max_vram_mb)
-    return Limits(Resources(capacity), settings.max_instances_per_node, settings.max_total_queue_entries)
+    """Return the node's limits as the operator set them; ``auto`` becomes a figure once the machine was looked at."""
+    budget = BudgetLimits(
+        ram_mib=settings.max_sysmem_mb,
+        vram_mib=settings.max_vram_mb,
+        per_gpu_mib=settings.max_vram_mb_per_gpu,
+        instances=settings.max_instances_per_node,
+    )
+    return Limits(budget, settings.max_total_queue_entries)
 
 
 def lock_state(metrics_path: Path) -> IO[str]:

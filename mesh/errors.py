@@ -15,25 +15,35 @@ escapes is a bug and answered 500. ``mesh.api.responses`` holds the one table th
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 
 class MeshError(Exception):
     """An error with an answer: ``status`` and ``type`` are what an HTTP client sees.
 
     ``source`` tells a reader of the error envelope who failed: ``mesh`` (this node), ``instance`` (the child process)
-    or ``peer``.
+    or ``peer``. ``details`` are the numbers behind the message, for programs: the envelope's ``memory``
+    (``mesh.engine.memory_report.capacity_details``).
     """
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "internal_error"
     source: ClassVar[str] = "mesh"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.details = details
 
 
 class ConfigError(MeshError):
@@ -83,8 +93,15 @@ class CapacityError(MeshError):
     status = 503
     type = "no_capacity"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int | None = 5) -> None:
-        super().__init__(message, param=param, retry_after_s=retry_after_s)
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = 5,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s, details=details)
 
 
 class QueueFullError(CapacityError):
@@ -110,8 +127,8 @@ class TooLargeError(CapacityError):
 
     type = "model_too_large"
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message, param=param, retry_after_s=None)
+    def __init__(self, message: str, *, param: str | None = None, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, param=param, retry_after_s=None, details=details)
 
 
 class InstanceError(MeshError):

@@ -12,6 +12,7 @@ from mesh.config.profile import Catalog, Profile
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.engine.lease import Ticket, Waiter
+from mesh.engine.memory_report import MemoryReport, ModelFit
 from mesh.errors import MeshError, QueueTimeoutError
 
 
@@ -101,6 +102,8 @@ class FakeSupervisor:
         self.waiting: dict[str, int] = {}
         self.capacity = Resources()
         self.used = Resources()
+        self.report: MemoryReport | None = None  # None: a report of capacity and used, without holders
+        self.fits: tuple[ModelFit, ...] = ()
         self.failed: dict[str, FakeFailure] = {}
         self.rings: dict[str, list[tuple[str, LogRing]]] = {}
         self.unloaded: list[str | None] = []
@@ -122,6 +125,12 @@ class FakeSupervisor:
 
     def budget(self) -> FakeBudget:
         return FakeBudget(self.capacity, self.used)
+
+    def memory_report(self) -> MemoryReport:
+        return self.report or MemoryReport(self.capacity, self.capacity, Resources(), self.used)
+
+    async def model_fits(self) -> Sequence[ModelFit]:
+        return self.fits
 
     def failures(self) -> Mapping[str, FakeFailure]:
         return self.failed

@@ -14,6 +14,7 @@ from mesh.config.profile import Catalog, Profile
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.engine.lease import Admission
+from mesh.engine.memory_report import MemoryReport, ModelFit
 from mesh.metrics import Gauges
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class Supervisor(Admission, Protocol):
     def instances(self) -> Sequence[InstanceView]: ...
     def queues(self) -> Mapping[str, int]: ...
     def budget(self) -> Budget: ...
+    def memory_report(self) -> MemoryReport: ...
+    async def model_fits(self) -> Sequence[ModelFit]: ...
     def failures(self) -> Mapping[str, Failure]: ...
     async def prewarm(self, profile: Profile, *, wait: bool, deadline: float | None) -> InstanceView | None: ...
     def unload(self, key: str | None) -> int: ...
@@ -145,12 +148,14 @@ class NodeContext:
         queued: Counter[str] = Counter()
         for key, waiting in self.supervisor.queues().items():
             queued[ids.get(key, key)] += waiting
-        budget = self.supervisor.budget()
+        budget, report = self.supervisor.budget(), self.supervisor.memory_report()
         return Gauges(
             instances=Counter(str(view.state) for view in instances),
             active=active,
             queued=queued,
             used=budget.used,
             capacity=budget.capacity,
+            others=report.others,
+            devices=report.devices,
             engine_version=self.engine_version(),
         )

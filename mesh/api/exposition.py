@@ -100,6 +100,10 @@ def _now(snapshot: Snapshot, gauges: Gauges) -> Iterator[Metric]:
     yield _labelled("queue_length", "Requests waiting for an instance.", "model", sorted(gauges.queued.items()))
     yield _labelled("memory_used_bytes", "Memory charged to instances.", "kind", _bytes(gauges.used))
     yield _labelled("memory_limit_bytes", "The budget; absent if not limited.", "kind", _bytes(gauges.capacity))
+    yield _labelled("memory_foreign_bytes", "GPU memory that other programs use.", "kind", _bytes(gauges.others))
+    gpus = [] if gauges.devices is None else [(g.kind, g) for g in gauges.devices.budgeted]
+    yield _labelled("gpu_memory_used_bytes", "As the driver says.", "kind", [(k, g.used_mib * _MIB) for k, g in gpus])
+    yield _labelled("gpu_memory_total_bytes", "As the driver says.", "kind", [(k, g.total_mib * _MIB) for k, g in gpus])
 
 
 def _models(snapshot: Snapshot) -> Iterator[Metric]:

@@ -46,12 +46,15 @@ class FailureBook:
         if (failure := self._by_key.get(key)) is not None and failure.kind != "crash":
             del self._by_key[key]
 
-    def forget_changed(self, old: Catalog, new: Catalog) -> None:
-        """Give every profile whose launch was edited a clean slate."""
-        for key in list(self._by_key):
+    def forget_changed(self, old: Catalog, new: Catalog) -> set[str]:
+        """Give every profile whose launch was edited a clean slate; return those and the ones that vanished."""
+        changed = set()
+        for key in old.names.keys() | self._by_key.keys():
             before, after = old.names.get(key), new.names.get(key)
             if after is None or before is None or launch_identity(before) != launch_identity(after):
-                del self._by_key[key]
+                changed.add(key)
+                self._by_key.pop(key, None)
+        return changed
 
     def all(self) -> Mapping[str, FailureInfo]:
         now = self._clock()

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mesh.config.profile import Profile
+from mesh.core.budget import INSTANCES
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
-from mesh.core.scheduler import InstanceView
+from mesh.core.world import InstanceView
+from mesh.engine.assignment import Assignment
 from mesh.engine.lease import Endpoint
 from mesh.engine.runner import Report
 from mesh.host.logring import LogRing
@@ -35,7 +37,10 @@ class RunnerLike(Protocol):
 
 
 class LauncherLike(Protocol):
-    def launch(self, instance_id: str, profile: Profile, report: Callable[[Report], None]) -> RunnerLike: ...
+    def launch(
+        self, instance_id: str, profile: Profile, report: Callable[[Report], None], assignment: Assignment
+    ) -> RunnerLike: ...
+    async def vet(self, profile: Profile) -> str | None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -69,8 +74,15 @@ class Instance:
     id: str
     profile: Profile
     runner: RunnerLike
-    footprint: Resources
+    placed: Resources  #: what it was given when it was started, and on which GPUs
     started_at: float
+    footprint: Resources = field(default_factory=Resources)  #: what it is charged now
+    live: Resources | None = None  #: what it was last seen to use; None = not seen yet
+    others_before: Resources = field(default_factory=Resources)  #: what others used of each GPU when it was started
+    served: bool = False  #: it has ended a request, so its buffers have been used
+    warned: bool = False  #: that it uses more than it was given
+    learned: bool = False  #: its use was remembered at least once
+    launched_as: str | None = None  #: names launch, engine and files as they were when it was started
     state: State = State.SPAWNING
     reported_slots: int | None = None
     limit: float = 1  #: ``slots``, with infinity for "unlimited"; looked at for every request
@@ -88,10 +100,12 @@ class Instance:
     story: deque[str] = field(default_factory=lambda: deque(maxlen=20))
     timer: asyncio.TimerHandle | None = None
 
+    def __post_init__(self) -> None:
+        self.footprint = self.placed
+
     def adopt(self, profile: Profile) -> None:
         """Take over a profile whose launch is the same, or the slots that the child reported: limits apply live."""
         self.profile = profile
-        self.footprint = footprint(profile)
         self.limit = self.slots or math.inf
 
     @property
@@ -124,11 +138,6 @@ class Instance:
         )
 
 
-def footprint(profile: Profile) -> Resources:
-    """Return what one instance is charged: its estimated memory and one of the node's instances."""
-    return profile.estimate + Resources({"instances": 1})
-
-
 def launch_identity(profile: Profile) -> tuple[object, ...]:
     """Return what a running process was started from; if it differs after a reload, the process must be replaced."""
     return (profile.engine, profile.args, profile.model_path, profile.hf_repo, profile.hf_file, profile.devices,
@@ -151,7 +160,8 @@ class InstanceInfo:
     started_at_wall: float
     ready_at_wall: float | None
     last_used_s_ago: float | None
-    memory: Resources
+    memory: Resources  #: what it is charged
+    live: Resources | None  #: what it was last seen to use
     command: tuple[str, ...]
     stale: bool
 
@@ -172,7 +182,8 @@ def describe(instance: Instance, now: float) -> InstanceInfo:
         started_at_wall=instance.started_wall,
         ready_at_wall=instance.ready_wall,
         last_used_s_ago=(0.0 if instance.leases else max(0.0, now - instance.idle_since)) if ready else None,
-        memory=Resources({k: v for k, v in instance.footprint.mib.items() if k != "instances"}),
+        memory=Resources({k: v for k, v in instance.footprint.mib.items() if k != INSTANCES}),
+        live=instance.live,
         command=instance.runner.command,
         stale=instance.stale,
     )

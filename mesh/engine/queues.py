@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from mesh.core.scheduler import Demand
+from mesh.core.world import Demand
 from mesh.engine.lease import Waiter
 
 

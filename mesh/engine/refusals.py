@@ -7,10 +7,14 @@ from collections.abc import Sequence
 
 from mesh.config.profile import Profile
 from mesh.core.backoff import Failure
+from mesh.core.footprint import Footprint, Source
 from mesh.core.lifecycle import State
+from mesh.core.placement import Need, again
 from mesh.core.resources import Resources
-from mesh.core.scheduler import InstanceView, Refusal
+from mesh.core.world import InstanceView, Refusal
 from mesh.engine import llama
+from mesh.engine.holders import in_words
+from mesh.engine.memory_report import Holder, MemoryReport, capacity_details
 from mesh.errors import (
     CapacityError,
     EngineMissingError,
@@ -34,15 +38,37 @@ def node_queue_full(limit: int) -> QueueFullError:
     return QueueFullError(f"Queue full: {limit} requests already wait on this node (max_total_queue_entries)")
 
 
-def queue_timeout(model: str, waited_s: float, instances: Sequence[InstanceView]) -> QueueTimeoutError:
-    """Say what the request waited for, as far as the model's own instances tell."""
+def queue_timeout(
+    model: str, waited_s: float, instances: Sequence[InstanceView], footprint: Footprint | None, report: MemoryReport
+) -> QueueTimeoutError:
+    """Say what the request waited for: its own instances, or the memory that others hold."""
+    details = None
     if any(i.state is State.SPAWNING for i in instances):
         why = "the model is still loading"
     elif any(i.state is State.READY for i in instances):
         why = "all its slots are taken"
+    elif footprint is None:
+        why = "how much memory it needs could not be looked up yet"
     else:
-        why = "the memory it needs is in use by other models"
-    return QueueTimeoutError(f"Queue timeout: waited {waited_s:.1f} s for '{model}'; {why} (max_wait_in_queue_ms)")
+        why, details = in_the_way(footprint.need, report), capacity_details(footprint.need, report)
+    text = f"Queue timeout: waited {waited_s:.1f} s for '{model}'; {why} (max_wait_in_queue_ms)"
+    return QueueTimeoutError(text, details=details)
+
+
+def in_the_way(need: Need, report: MemoryReport) -> str:
+    """Return who has the memory that *need* waits for."""
+    holders = [f"{h.model_id} ({_doing(h)}, {in_words(h.memory)})" for h in report.holders]
+    if foreign := in_words(report.foreign) if report.foreign.mib else "":
+        holders.append(f"other programs ({foreign})")
+    held = f"; memory is held by {', '.join(holders)}" if holders else ""
+    stuck = "; pinned models are never evicted: unload one" if any(h.pinned for h in report.holders) else ""
+    return f"it needs {in_words(again(need, Resources()))}, free is {in_words(report.free)}{held}{stuck}"
+
+
+def _doing(holder: Holder) -> str:
+    if holder.state is not State.READY:
+        return str(holder.state)
+    return "busy" if holder.active else "pinned" if holder.pinned else "idle"
 
 
 def gone(key: str) -> UnknownModelError:
@@ -50,17 +76,20 @@ def gone(key: str) -> UnknownModelError:
 
 
 def refused(
-    model: str, refusal: Refusal, need: Resources, capacity: Resources, failure: Failure | None, now: float
+    profile: Profile,
+    refusal: Refusal,
+    footprint: Footprint | None,
+    report: MemoryReport,
+    failure: Failure | None,
+    now: float,
 ) -> MeshError:
     """Return the error for a plan's refusal of a known model."""
+    model = profile.id
     match refusal:
         case Refusal.NOT_HERE:
             return CapacityError(f"'{model}' is not started on this node: max_instances is 0", retry_after_s=None)
-        case Refusal.TOO_LARGE:
-            return TooLargeError(
-                f"'{model}' needs {_memory(need)}; the node's whole budget is {_memory(capacity)}. "
-                "Raise max_vram_mb / max_sysmem_mb or use a smaller context or quantisation."
-            )
+        case Refusal.TOO_LARGE if footprint is not None:
+            return _too_large(model, footprint, report)
         case Refusal.FAILING if failure is not None:
             return failed(model, failure, now)
         case _:
@@ -87,5 +116,18 @@ def to_correct(reason: str, profile: Profile) -> str:
     return f"{reason}; if it stays like this, correct {what} of '{profile.id}' in the cookbook"
 
 
-def _memory(amount: Resources) -> str:
-    return Resources({k: v for k, v in amount.mib.items() if k != "instances"}).describe()
+def _too_large(model: str, footprint: Footprint, report: MemoryReport) -> TooLargeError:
+    need = footprint.need
+    only = f" on {', '.join(need.gpus)}" if need.gpus is not None else " on one GPU" if need.single else ""
+    hint = "Raise the limit that is too low, or use a smaller context or quantisation"
+    if need.gpus and not set(need.gpus) & report.capacity.mib.keys():
+        hint = "Correct 'devices' in the cookbook: this machine has no such GPU"
+    elif footprint.source is Source.ESTIMATED:
+        hint += ", or state estimated_vram_mb and estimated_sysmem_mb if you know that it needs less"
+    elif footprint.source is Source.LEARNED:
+        hint += "; it was seen to use that much (to forget that, delete the footprints file beside metrics_path)"
+    return TooLargeError(
+        f"'{model}' needs {in_words(again(need, Resources()))}{only} ({footprint.source}); the node's whole budget is "
+        f"{in_words(report.capacity)}. {hint}.",
+        details=capacity_details(need, report),
+    )

@@ -125,11 +125,17 @@ class Metrics:
 
 def _node_resources(gauges: Gauges) -> NodeResources:
     vram, ram = gauges.used.mib.get(VRAM, 0), gauges.used.mib.get(RAM, 0)
+    gpus = gauges.devices.budgeted if gauges.devices is not None else ()
+    external_vram = sum(gauges.others.mib.values())
     return NodeResources(
         llamesh_vram_mb=vram,
         llamesh_sysmem_mb=ram,
-        effective_vram_mb=vram,
+        external_vram_mb=external_vram,
+        effective_vram_mb=vram + external_vram,
         effective_sysmem_mb=ram,
+        device_vram_used_mb=sum(gpu.used_mib for gpu in gpus),
+        device_vram_total_mb=sum(gpu.total_mib for gpu in gpus),
+        gpu_telemetry_available=bool(gpus),
         active_instances=sum(gauges.instances.values()),
         max_vram_mb=gauges.capacity.mib.get(VRAM),
         max_sysmem_mb=gauges.capacity.mib.get(RAM),

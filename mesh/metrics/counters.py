@@ -107,6 +107,12 @@ class HashMetrics:
         #: latency counted by llamesh, which kept no histogram of it
         self.base_latency_ms = 0
 
+    def used(self, ram_mib: int, vram_mib: int) -> None:
+        """Note what one instance was seen to use."""
+        self.peak_sysmem_mb = max(self.peak_sysmem_mb, ram_mib)
+        self.peak_vram_mb = max(self.peak_vram_mb, vram_mib)
+        self.sample_count += 1
+
     def state(self) -> HashState:
         models = {name: model.state() for name, model in self.models.items()}
         requests = sum(state.requests_total for state in models.values())

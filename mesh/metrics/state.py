@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from mesh.core.devices import Devices
 from mesh.core.resources import Resources
 
 
@@ -20,6 +21,8 @@ class Gauges:
     queued: Mapping[str, int] = field(default_factory=dict)  #: waiting requests per model id
     used: Resources = field(default_factory=Resources)
     capacity: Resources = field(default_factory=Resources)
+    others: Resources = field(default_factory=Resources)  #: what other programs use of each GPU
+    devices: Devices | None = None  #: as last sampled
     engine_version: str | None = None
 
 
