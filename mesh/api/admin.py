@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mesh.api.budget import budget_entry, memory_entry
 from mesh.api.context import InstanceView, NodeContext
 from mesh.api.log_stream import LogStream
 from mesh.api.request_scope import json_object, unless_client_leaves
 from mesh.api.responses import error_response
 from mesh.core.resources import Resources
+from mesh.engine.memory_report import Holder
 from mesh.errors import DrainingError, MeshError, RequestError, UnknownModelError
 
 _MAX_TAIL_LINES: Final = 10_000
@@ -30,6 +32,7 @@ def routes(ctx: NodeContext) -> list[Route]:
         Route("/admin/prewarm", admin.prewarm, methods=["POST"]),
         Route("/admin/unload", admin.unload, methods=["POST"]),
         Route("/admin/instances", admin.instances),
+        Route("/admin/budget", admin.budget),
         Route("/admin/logs", admin.logs),
     ]
 
@@ -51,7 +54,7 @@ class _Admin:
             view = await unless_client_leaves(request, work, f"prewarm {profile.key}")
         except MeshError as error:
             return _failed(error)
-        instance = None if view is None else instance_entry(view)
+        instance = None if view is None else instance_entry(view, self._holder(view.id))
         return JSONResponse({"status": "ok", "message": "Model prewarmed", "instance": instance})
 
     async def unload(self, request: Request) -> Response:
@@ -68,14 +71,19 @@ class _Admin:
     async def instances(self, request: Request) -> Response:
         """Everything that `llama-mesh ps` shows."""
         supervisor = self._ctx.supervisor
-        budget = supervisor.budget()
+        budget, report = supervisor.budget(), supervisor.memory_report()
+        holders = {holder.instance: holder for holder in report.holders}
         return JSONResponse(
             {
                 "node_id": self._ctx.node_id,
                 "draining": self._ctx.draining,
-                "instances": [instance_entry(view) for view in supervisor.instances()],
+                "instances": [instance_entry(view, holders.get(view.id)) for view in supervisor.instances()],
                 "queues": dict(supervisor.queues()),
-                "budget": {"capacity": _memory(budget.capacity), "used": _memory(budget.used)},
+                "budget": {
+                    "capacity": _memory(budget.capacity),
+                    "used": _memory(budget.used),
+                    "memory": memory_entry(report),
+                },
                 "failures": {
                     key: {
                         "reason": failure.reason,
@@ -88,11 +96,19 @@ class _Admin:
             }
         )
 
+    async def budget(self, request: Request) -> Response:
+        """Every kind of memory: what there is, who holds it, and what the machine itself says."""
+        return JSONResponse({"node_id": self._ctx.node_id, **budget_entry(self._ctx.supervisor.memory_report())})
+
     async def logs(self, request: Request) -> Response:
         """The last output lines of a model's instances, and with ``follow=true`` those to come."""
         key = self._running_key(request.query_params.get("model") or None)
         follow = _query_flag(request, "follow") and request.method == "GET"
         return LogStream(self._ctx, key, tail=_query_count(request, "lines", 200), follow=follow)
+
+    def _holder(self, instance: str) -> Holder | None:
+        holders = self._ctx.supervisor.memory_report().holders
+        return next((holder for holder in holders if holder.instance == instance), None)
 
     async def _body(self, request: Request) -> dict[str, Any]:
         return await json_object(request, timeout_s=self._ctx.settings.http.body_read_timeout_ms / 1000)
@@ -114,8 +130,9 @@ class _Admin:
         return key
 
 
-def instance_entry(view: InstanceView) -> dict[str, Any]:
-    """Return one instance as JSON."""
+def instance_entry(view: InstanceView, holder: Holder | None = None) -> dict[str, Any]:
+    """Return one instance as JSON; *holder* knows what it really uses, and where the figure it is charged is from."""
+    live = None if holder is None or holder.live is None else _memory(holder.live)
     return {
         "id": view.id,
         "key": view.key,
@@ -130,6 +147,8 @@ def instance_entry(view: InstanceView) -> dict[str, Any]:
         "started_at_wall": view.started_at_wall,
         "last_used_s_ago": view.last_used_s_ago,
         "memory": _memory(view.memory),
+        "live": live,
+        "source": str(holder.source) if holder is not None and holder.source is not None else None,
         "command": list(view.command),
         "stale": view.stale,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 
@@ -68,18 +69,23 @@ class MethodNotAllowedError(MeshError):
 
 
 def envelope(error: MeshError, dialect: Dialect, request_id: str | None = None) -> bytes:
-    """Return *error* as the JSON object that clients of *dialect* expect."""
+    """Return *error* as the JSON object that clients of *dialect* expect.
+
+    ``memory`` is there only if the error has such numbers; Anthropic's clients get what the message says of them.
+    """
     if dialect is Dialect.ANTHROPIC:
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
         detail = {"type": kind, "message": error.message}
         return msgspec.json.encode({"type": "error", "error": detail, "request_id": request_id})
-    body = {
+    body: dict[str, Any] = {
         "message": error.message,
         "type": error.type,
         "param": error.param,
         "code": None,
         "source": error.source,
     }
+    if error.details is not None:
+        body["memory"] = dict(error.details)
     return msgspec.json.encode({"error": body})
 
 

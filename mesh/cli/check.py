@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os.path
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mesh.cli.configuration import load_from
@@ -15,6 +15,10 @@ from mesh.config.cookbook import model_file
 from mesh.config.diagnostics import ConfigErrors, Diagnostic
 from mesh.config.loader import Loaded
 from mesh.config.profile import Profile
+from mesh.core.budget import BudgetLimits, capacity
+from mesh.core.devices import Devices
+from mesh.core.placement import gpu_kinds
+from mesh.engine.locate import find_engine
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -41,10 +45,65 @@ def summary(loaded: Loaded) -> dict[str, Any]:
         "config": str(loaded.config_path) if loaded.config_path else None,
         "cookbook": str(loaded.cookbook_path) if loaded.cookbook_path else None,
         "errors": _as_json(lacking),
-        "warnings": _as_json((*loaded.warnings, *engine_warnings(loaded, engine))),
+        "warnings": _as_json((*loaded.warnings, *engine_warnings(loaded, engine), *_memory_warnings(loaded))),
         "engine": engine,
         "profiles": [_profile(profile) for profile in loaded.catalog.profiles],
     }
+
+
+def _memory_warnings(loaded: Loaded) -> list[Diagnostic]:
+    """Return what is wrong with model files and figures beyond what loading the cookbook sees."""
+    seen = [*_file_problems(loaded), *_budget_problems(loaded)]
+    return [Diagnostic(str(loaded.cookbook_path), None, profile.id, message) for profile, message in seen]
+
+
+def _file_problems(loaded: Loaded) -> Iterator[tuple[Profile, str]]:
+    """Yield the files that llama-server could not load. Reads their headers, of each file once."""
+    from mesh.engine.examine import examine  # late: no other command pays for it
+    from mesh.engine.llama import child_env
+
+    told = [warning.message for warning in loaded.warnings]
+    for profile in loaded.catalog.profiles:
+        if any(repr(model_file(profile)) in message for message in told):
+            continue  # it is not there, or no GGUF file at all
+        problem = examine(
+            profile, child_env(profile, os.environ), lambda: find_engine(loaded.settings.llama_cpp)
+        ).problem
+        if problem is not None:
+            yield profile, f"{problem}; it will not start"
+
+
+def _budget_problems(loaded: Loaded) -> Iterator[tuple[Profile, str]]:
+    """Yield the cookbook's figures that are more than this machine gives, where no number in config.yaml says so."""
+    profiles = [profile for profile in loaded.catalog.profiles if any(profile.estimate.mib.values())]
+    if not profiles:
+        return
+    limits = {"ram": loaded.settings.max_sysmem_mb, "vram": loaded.settings.max_vram_mb}
+    given = BudgetLimits(limits["ram"], limits["vram"], loaded.settings.max_vram_mb_per_gpu)
+    budget = capacity(given, _devices())
+    gpus_mib = sum(budget.mib[kind] for kind in gpu_kinds(budget))
+    available = {"ram": budget.mib.get("ram"), "vram": budget.mib.get("vram", gpus_mib or None)}
+    for profile in profiles:
+        for kind, key in (("ram", "estimated_sysmem_mb"), ("vram", "estimated_vram_mb")):
+            need_mib, limit, mib = profile.estimate.mib.get(kind, 0), limits[kind], available[kind]
+            if mib is None or need_mib <= mib or (isinstance(limit, int) and need_mib > limit):
+                continue  # the last was told when the cookbook was loaded
+            message = f"{key} {need_mib} is more than the {mib} MiB that this machine has for models"
+            yield profile, f"{message}; it is refused here until it was measured to need less"
+
+
+def _devices() -> Devices:
+    """Return this machine's memory; a driver that cannot be read is `fit`'s and the node's to speak of."""
+    from mesh.host.devices import DeviceReader, TelemetryError
+    from mesh.host.memory import ram_total_mib
+
+    reader = DeviceReader()
+    try:
+        return reader.read()
+    except TelemetryError:
+        return Devices(ram_total_mib=ram_total_mib())
+    finally:
+        reader.close()
 
 
 def _profile(profile: Profile) -> dict[str, Any]:

@@ -12,11 +12,14 @@ INTERRUPTED = 130
 
 
 class CliError(MeshError):
-    """A command failed. *fix* is the next thing to try, as a full sentence."""
+    """A command failed. *fix* is the next thing to try, as a full sentence; *http_status* is what a node answered."""
 
     type = "cli_error"
 
-    def __init__(self, message: str, *, fix: str | None = None, exit_code: int = FAILED) -> None:
+    def __init__(
+        self, message: str, *, fix: str | None = None, exit_code: int = FAILED, http_status: int | None = None
+    ) -> None:
         super().__init__(message)
         self.fix = fix
         self.exit_code = exit_code
+        self.http_status = http_status

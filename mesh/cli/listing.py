@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh.cli import node
+from mesh.cli.bars import charged, print_memory
 from mesh.cli.failure import OK
 from mesh.cli.output import duration, print_json, print_table, stdout_console
-
-#: The one kind in a budget that is a number of processes, not MiB.
-_COUNTED = "instances"
+from mesh.core.budget import INSTANCES
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -45,9 +44,10 @@ def ps(arguments: argparse.Namespace) -> int:
     rows = [_instance_row(instance, queues) for instance in answer["instances"]]
     rows += [_waiting_row(key, count) for key, count in sorted(queues.items()) if count]
     if rows:
-        columns = ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "IDLE"]
+        columns = ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "SOURCE", "LIVE", "IDLE"]
         right = frozenset({"PID", "PORT", "SLOTS", "QUEUED", "IDLE"})
-        print_table(columns, rows, right=right, optional=["PORT", "PID", "IDLE", "MEMORY", "QUEUED", "SLOTS"])
+        optional = ["PORT", "PID", "SOURCE", "LIVE", "IDLE", "MEMORY", "QUEUED", "SLOTS"]
+        print_table(columns, rows, right=right, optional=optional)
     else:
         print("Nothing is loaded. The first request for a model loads it, 'llama-mesh prewarm MODEL' does so now.")
     _print_failures(answer.get("failures") or {})
@@ -66,13 +66,15 @@ def _instance_row(instance: Mapping[str, Any], queues: dict[str, int]) -> list[s
         _or_dash(instance.get("port")),
         f"{instance.get('active') or 0}/{_or_dash(instance.get('slots'))}",
         str(queued),
-        _memory(instance.get("memory") or {}),
+        charged(instance.get("memory") or {}),
+        _or_dash(instance.get("source")),
+        charged(instance.get("live") or {}),
         "-" if instance.get("active") else duration(instance.get("last_used_s_ago")),
     ]
 
 
 def _waiting_row(key: str, count: int) -> list[str]:
-    return [_model_id(key), "waiting", "-", "-", "-", str(count), "-", "-"]
+    return [_model_id(key), "waiting", "-", "-", "-", str(count), "-", "-", "-", "-"]
 
 
 def _model_id(key: str) -> str:
@@ -84,13 +86,6 @@ def _or_dash(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _memory(mib: Mapping[str, int]) -> str:
-    return (
-        ", ".join(f"{kind} {amount:,} MiB" for kind, amount in sorted(mib.items()) if amount and kind != _COUNTED)
-        or "-"
-    )
-
-
 def _print_failures(failures: Mapping[str, Mapping[str, Any]]) -> None:
     console = stdout_console()
     for key, failure in sorted(failures.items()):
@@ -100,12 +95,16 @@ def _print_failures(failures: Mapping[str, Mapping[str, Any]]) -> None:
         console.print(f"\n{_model_id(key)} failed{times}: {failure.get('reason')}{again}", style="red", markup=False)
 
 
-def _print_budget(budget: Mapping[str, Mapping[str, int]]) -> None:
-    limits = budget.get("capacity") or {}
-    used = budget.get("used") or {}
-    parts = [
-        f"{kind} {used.get(kind, 0):,} of {limit:,}{'' if kind == _COUNTED else ' MiB'}"
-        for kind, limit in sorted(limits.items())
-    ]
-    if parts:
-        stdout_console().print(f"\nbudget: {', '.join(parts)}", markup=False)
+def _print_budget(budget: Mapping[str, Mapping[str, Any]]) -> None:
+    capacity, used = budget.get("capacity") or {}, budget.get("used") or {}
+    memory = budget.get("memory")
+    if memory is None:  # an older node
+        kinds = {*capacity, *used} - {INSTANCES}
+        memory = {kind: _figures(capacity.get(kind), used.get(kind, 0)) for kind in kinds}
+    limit = capacity.get(INSTANCES)
+    print_memory(memory, instances=None if limit is None else (used.get(INSTANCES, 0), limit))
+
+
+def _figures(capacity_mib: int | None, used_mib: int) -> dict[str, int | None]:
+    free_mib = None if capacity_mib is None else max(0, capacity_mib - used_mib)
+    return {"capacity_mib": capacity_mib, "used_mib": used_mib, "free_mib": free_mib}

@@ -34,6 +34,11 @@ class Node:
     key: str | None = None
     tls: ssl.SSLContext | None = None
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on this machine, as far as its address tells."""
+        return _is_loopback(self.url)
+
     def get(self, path: str) -> Any:
         """Return the JSON that GET *path* answers."""
         return self._call("GET", path, None, ANSWER_TIMEOUT_S)
@@ -118,11 +123,13 @@ def refusal(response: httpx.Response, url: str) -> CliError:
             fix = f"See 'llama-mesh logs {_asked_model(response)}'."
         case 503 if _error_of(response).get("type") == "engine_missing":
             fix = "Run 'llama-mesh check' on the node's machine."
+        case 503 if _error_of(response).get("type") == "model_too_large":
+            fix = f"'llama-mesh fit {_asked_model(response)}' shows what takes how much."
         case 503 if retry_after := response.headers.get("retry-after"):
             fix = f"Try again in {retry_after} s."
         case _:
             fix = None
-    return CliError(message, fix=fix)
+    return CliError(message, fix=fix, http_status=response.status_code)
 
 
 def _error_of(response: httpx.Response) -> dict[str, Any]:
@@ -171,6 +178,11 @@ def find(arguments: argparse.Namespace) -> Node:
         assert settings is not None
         return Node(local_url(settings), key, _local_trust(settings, arguments.ca))
     return Node(_checked(url), key, _trust(arguments.ca))
+
+
+def is_named(arguments: argparse.Namespace) -> bool:
+    """Whether the user said which node, so that no other way to an answer will do."""
+    return bool(arguments.url or os.environ.get(URL_VARIABLE))
 
 
 def _settings(arguments: argparse.Namespace, *, required: bool) -> Settings | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mesh import __version__
-from mesh.cli import check, demo, instances, listing, logs, serve, version
+from mesh.cli import check, demo, fit, instances, listing, logs, serve, version
 from mesh.cli.failure import USAGE
 
 _DESCRIPTION = "One endpoint for all the GPU boxes you own: llama-server, started, shared and stopped on demand."
@@ -20,6 +20,8 @@ getting started:
   llama-mesh demo                     fetch a small real model and watch it answer through the mesh
   llama-mesh                          serve with ./config.yaml and ./cookbook.yaml (both optional)
   llama-mesh check                    validate both files; every mistake with file and line
+
+  llama-mesh fit model.gguf           how much memory a model takes, and whether it fits
 
 talking to a running node:
   llama-mesh ps                       what is loaded, how busy, how much memory
@@ -77,6 +79,27 @@ examples:
   llama-mesh ps --json | jq '.instances[] | select(.state == "ready") | .pid'
 """
 
+_FIT = """\
+examples:
+  llama-mesh fit                                        every model of the cookbook
+  llama-mesh fit qwen3 --args="-c 32768 -ctk q8_0"      what other arguments would change
+  llama-mesh fit ~/models/big.gguf --gpus 24GB,24GB     would it fit on two cards of 24 GB?
+  llama-mesh fit qwen3 --json | jq '.kv.gpu + .kv.cpu'  MiB of KV cache
+  llama-mesh fit --json | jq '.models[] | {model, fit}' a word for each model
+
+A running node is asked; without one, this machine and the configuration are looked at. Nothing is loaded, but where
+there is a llama-server here it is asked whether it accepts the arguments. CHARGED is what the node reserves: the
+buffers and what a process takes besides, or what it learned when the model ran; for a loaded model, what it holds.
+
+--json with one MODEL prints one object: model, key, fit ("loaded", "now", "after_eviction", "waits", "never" or
+"unknown"), source, problem, failure, need_mib, placement_mib, evict, notes, context, slots, and in MiB as {gpu, cpu}
+the parts weights, kv, recurrent, compute, output, draft, projector and their total. With no MODEL, or several, it
+prints {node, models: [such objects], budget}, where budget is as GET /admin/budget answers, or null.
+
+exit status: 0 if every MODEL that was named can be sized, "does not fit" is an answer, too; 1 if one is not there, its
+file is broken, or llama-server refuses its arguments; 2 wrong usage
+"""
+
 _PREWARM = """\
 examples:
   llama-mesh prewarm qwen3                  load the default profile of qwen3, wait until it is ready
@@ -125,9 +148,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return parser.parse_args(argv)
     if not first or first.startswith("-"):
         argv = ["serve", *argv]
+    elif first == "fit":
+        argv = _args_joined(argv)
     elif first not in names:
         parser.error(f"there is no command '{first}'.{_did_you_mean(first, names)}")
     return parser.parse_args(argv)
+
+
+def _args_joined(argv: Sequence[str]) -> list[str]:
+    """Return *argv* with ``--args X`` as ``--args=X``: argparse takes an X such as "--embedding" for a flag of ours."""
+    words = list(argv)
+    end = words.index("--") if "--" in words else len(words)
+    for i in reversed(range(end - 1)):
+        if words[i] == "--args":
+            words[i : i + 2] = [f"--args={words[i + 1]}"]
+    return words
 
 
 def _did_you_mean(word: str, names: Sequence[str]) -> str:
@@ -144,6 +179,7 @@ def build() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     _add_check(commands)
     _add_demo(commands)
     _add_listing(commands)
+    _add_fit(commands)
     _add_instances(commands)
     _add_logs(commands)
     _add_version(commands)
@@ -180,6 +216,15 @@ def _add_listing(commands: argparse._SubParsersAction[_Parser]) -> None:
     command = _add(commands, "ps", "show the running instances of a node", _PS)
     _add_node(command)
     command.set_defaults(command=listing.ps)
+
+
+def _add_fit(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = _add(commands, "fit", "say how much memory models take and whether they fit", _FIT)
+    command.add_argument("models", nargs="*", metavar="MODEL", help="a name from the cookbook, or a .gguf file")
+    command.add_argument("--args", metavar="ARGS", help="more llama-server arguments, as one word: --args='-c 8192'")
+    command.add_argument("--gpus", metavar="SIZES", help="as if there were these GPUs, empty: --gpus 24GB,16GB")
+    _add_node(command, cookbook=True)
+    command.set_defaults(command=fit.fit)
 
 
 def _add_instances(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -223,14 +268,14 @@ def _add_files(command: argparse.ArgumentParser) -> None:
         _add_file(group, name)
 
 
-def _add_node(command: argparse.ArgumentParser) -> None:
+def _add_node(command: argparse.ArgumentParser, *, cookbook: bool = False) -> None:
     group = command.add_argument_group("which node")
     group.add_argument("--url", metavar="URL", help="default: $LLAMESH_URL, else listen_addr of the configuration")
     group.add_argument("--key", metavar="KEY", help="default: $LLAMESH_API_KEY, else the secrets file's first key")
     group.add_argument(
         "--ca", type=Path, metavar="FILE", help="trust this certificate (default: the system's, and ours)"
     )
-    for name in ("config", "secrets"):
+    for name in ("config", "cookbook", "secrets") if cookbook else ("config", "secrets"):
         _add_file(group, name)
 
 

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from mesh.api.request_scope import ADMIN_BODY_LIMIT_BYTES
+from mesh.core.devices import Devices, Gpu
+from mesh.core.footprint import Source
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
+from mesh.engine.memory_report import Holder, MemoryReport
 from mesh.errors import CapacityError, InstanceError, TooLargeError
 from tests.api.asgi import Exchange, request
-from tests.api.node import Node
+from tests.api.node import AUTH, Node
 from tests.fakes_supervisor import FakeFailure, FakeInstance
 
 JSON = {"content-type": "application/json"}
@@ -176,7 +179,11 @@ async def test_instances_tells_all_that_ps_shows() -> None:
         "node_id": "node-a",
         "draining": False,
         "queues": {"smol:default": 3},
-        "budget": {"capacity": {"ram": 1000}, "used": {"ram": 512}},
+        "budget": {
+            "capacity": {"ram": 1000},
+            "used": {"ram": 512},
+            "memory": {"ram": {"capacity_mib": 1000, "used_mib": 512, "foreign_mib": 0, "free_mib": 488}},
+        },
         "failures": {
             "org/big model:long": {
                 "reason": "exited with 1",
@@ -200,6 +207,105 @@ async def test_instances_tells_all_that_ps_shows() -> None:
         "started_at_wall": 1_700_000_090.0,
         "last_used_s_ago": 1.5,
         "memory": {"ram": 512},
+        "live": None,
+        "source": None,
         "command": ["llama-server", "-m", "a.gguf"],
         "stale": False,
     }
+
+
+GPU = Gpu("gpu0", "GPU-aa", "NVIDIA H200", 24564, 16000, index=0)
+REPORT = MemoryReport(
+    capacity=Resources({"gpu0": 24564, "vram": 24000, "instances": 100}),
+    ceiling=Resources({"gpu0": 21564, "vram": 21000, "instances": 100}),
+    foreign=Resources({"gpu0": 3000, "vram": 3000}),
+    used=Resources({"gpu0": 13000, "vram": 13000, "ram": 512, "instances": 1}),
+    holders=(
+        Holder(
+            "i-1",
+            "smol:default",
+            "Smol",
+            State.READY,
+            Resources({"gpu0": 13000, "vram": 13000, "ram": 512}),
+            live=Resources({"gpu0": 12900, "ram": 499}),
+            source=Source.LEARNED,
+            evictable=True,
+        ),
+    ),
+    devices=Devices("nvml", (GPU,), 64000, 50000, ("gpu1: Unknown Error",)),
+    sampled_s_ago=0.25,
+)
+
+
+async def test_the_budget_by_kind_holder_and_device() -> None:
+    node = Node()
+    node.supervisor.report = REPORT
+    answer = await request(node.app, "GET", "/admin/budget")
+    assert answer.status == 200
+    assert answer.json == {
+        "node_id": "node-a",
+        "memory": {
+            "gpu0": {"capacity_mib": 24564, "used_mib": 13000, "foreign_mib": 3000, "free_mib": 8564},
+            "ram": {"capacity_mib": None, "used_mib": 512, "foreign_mib": 0, "free_mib": None},
+            "vram": {"capacity_mib": 24000, "used_mib": 13000, "foreign_mib": 3000, "free_mib": 8000},
+        },
+        "held_by": [
+            {
+                "instance": "i-1",
+                "key": "smol:default",
+                "model": "Smol",
+                "state": "ready",
+                "memory_mib": {"gpu0": 13000, "vram": 13000, "ram": 512},
+                "live_mib": {"gpu0": 12900, "ram": 499},
+                "source": "learned",
+                "active": 0,
+                "pinned": False,
+                "evictable": True,
+            }
+        ],
+        "devices": {
+            "telemetry": "nvml",
+            "ram_total_mib": 64000,
+            "ram_available_mib": 50000,
+            "gpus": [
+                {
+                    "kind": "gpu0",
+                    "name": "NVIDIA H200",
+                    "uuid": "GPU-aa",
+                    "vendor": "nvidia",
+                    "index": 0,
+                    "total_mib": 24564,
+                    "used_mib": 16000,
+                    "unified": False,
+                }
+            ],
+            "problems": ["gpu1: Unknown Error"],
+        },
+        "sampled_s_ago": 0.25,
+    }
+
+
+async def test_a_budget_before_the_first_sample() -> None:
+    answer = await request(Node().app, "GET", "/admin/budget")
+    assert answer.json == {
+        "node_id": "node-a", "memory": {}, "held_by": [], "devices": None, "sampled_s_ago": None
+    }  # fmt: skip
+
+
+async def test_instances_tell_what_they_really_use_and_whose_figure_they_are_charged() -> None:
+    node = Node()
+    node.supervisor.report = REPORT
+    node.supervisor.views = [FakeInstance("i-1", "smol:default", "Smol"), FakeInstance("i-2", "b:default", "b")]
+    first, second = (await request(node.app, "GET", "/admin/instances")).json["instances"]
+    assert (first["live"], first["source"]) == ({"gpu0": 12900, "ram": 499}, "learned")
+    assert (second["live"], second["source"]) == (None, None)
+    node.supervisor.loaded.set()
+    prewarmed = await request(node.app, "POST", "/admin/prewarm", json_body={"model": "Smol"})
+    assert prewarmed.json["instance"]["source"] == "learned"
+
+
+async def test_the_budget_is_for_admins() -> None:
+    """trap 99"""
+    node = Node(auth=AUTH)
+    assert (await request(node.app, "GET", "/admin/budget", headers={"x-api-key": "user-key"})).status == 403
+    assert (await request(node.app, "GET", "/admin/budget", headers={"x-api-key": "admin-key"})).status == 200

@@ -10,8 +10,11 @@ import pytest
 
 from mesh.cli import engine
 from mesh.cli.main import run
+from mesh.core.devices import Devices, Gpu
 from mesh.engine.locate import EngineBinary
 from mesh.errors import EngineMissingError
+from mesh.host.devices import DeviceReader
+from tests.tiny_models import write_chat
 
 COOKBOOK = """
 models:
@@ -41,7 +44,7 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.usefixtures("embedded")
 def test_good_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "model.gguf"
-    model.write_bytes(b"GGUF")
+    write_chat(model)
     (tmp_path / "cookbook.yaml").write_text(COOKBOOK.format(model=model))
     assert run(["check"]) == 0
     out = capsys.readouterr().out
@@ -50,6 +53,7 @@ def test_good_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "vram 9000 MiB" in out
     assert "hf:org/repo/a.gguf" in out
     assert "(missing)" not in out
+    assert "warning" not in out
     model.unlink()
     assert run(["check"]) == 0
     assert f"{model} (missing)" in capsys.readouterr().out
@@ -108,7 +112,7 @@ def test_no_engine_at_all_is_a_failure(embedded: pytest.MonkeyPatch, capsys: pyt
 def test_what_the_embedded_engine_cannot_do_is_warned_of(
     embedded: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    write_chat(tmp_path / "m.gguf")
     args = {"gpu": "-ngl 99", "all": "--gpu-layers=all", "cpu": "-ngl 0"}
     profiles = [{"id": id, "llama_server_args": f"-m m.gguf {words}"} for id, words in args.items()]
     profiles += [{"id": "hub", "hf_repo": "a/b"}, {"id": "flag", "llama_server_args": "-hf a/b"}]
@@ -148,3 +152,65 @@ def test_warnings_are_shown_beside_errors(
     assert json.loads(capsys.readouterr().out)["warnings"][0]["file"] == "LLAMESH_AUTH_ENABLED"
     assert run(["serve"]) == 1
     assert f"warning: {warning}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("embedded")
+def test_files_that_would_not_load_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """trap 48: a download that stopped has the right first bytes. Once each, and it may still be downloading."""
+    write_chat(tmp_path / "whole.gguf")
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "half.gguf").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "page.gguf").write_bytes(b"<html>")
+    files = {"whole": "-c 512", "half": "", "page": "", "lost": "", "draft": "-m whole.gguf -md gone.gguf"}
+    profiles = [{"id": id, "model_path": f"{id}.gguf", "llama_server_args": args} for id, args in files.items()]
+    profiles[-1].pop("model_path")
+    profiles += [{"id": "hub", "hf_repo": "a/b"}]
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": profiles}]}))
+    assert run(["check", "--json"]) == 0
+    warnings = {w["path"]: w["message"] for w in json.loads(capsys.readouterr().out)["warnings"]}
+    assert sorted(warnings) == ["m:draft", "m:half", "models[0].profiles[2].model_path",
+                                "models[0].profiles[3].model_path"]  # fmt: skip
+    assert "half.gguf: is truncated: " in warnings["m:half"]
+    assert "is the download complete?" in warnings["m:half"]
+    assert "gone.gguf: there is no such file; it will not start" in warnings["m:draft"]
+
+
+@pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{max_sysmem_mb: auto, max_vram_mb: auto}", [
+            "estimated_sysmem_mb 9000 is more than the 8500 MiB",
+            "estimated_vram_mb 23000 is more than the 22800 MiB",
+        ]),
+        ("{max_vram_mb_per_gpu: {0: 20000}}", ["estimated_vram_mb 23000 is more than the 20000 MiB"]),
+        ("{}", []),  # 24,000 MiB, and main memory is not limited
+    ],
+)  # fmt: skip
+def test_figures_above_the_budget_are_warned_of(
+    config: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    devices = Devices("nvml", (Gpu("gpu0", "GPU-a", "A", 24000, 0),), 10000, 9000)
+    monkeypatch.setattr(DeviceReader, "read", lambda self: devices)
+    write_chat(tmp_path / "m.gguf")
+    (tmp_path / "config.yaml").write_text(config)
+    big = {"model_path": "m.gguf", "estimated_vram_mb": 23000, "estimated_sysmem_mb": 9000}
+    small = {"id": "small", "model_path": "m.gguf", "estimated_vram_mb": 100, "estimated_sysmem_mb": 100}
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": [big, small]}]}))
+    assert run(["check", "--json"]) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert [w["message"].partition(" that this")[0] for w in warnings] == said
+    assert all(w["message"].endswith("it is refused here until it was measured to need less") for w in warnings)
+
+
+@pytest.mark.usefixtures("embedded")
+def test_a_figure_above_a_number_in_the_configuration_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_chat(tmp_path / "m.gguf")
+    (tmp_path / "config.yaml").write_text("max_sysmem_mb: 50")
+    profile = {"model_path": "m.gguf", "estimated_sysmem_mb": 60}
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": [profile]}]}))
+    assert run(["check", "--json"]) == 0
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert "more than all of max_sysmem_mb" in warning["message"]

@@ -58,7 +58,7 @@ def test_ps_shows_instances_queues_failures_and_budget(node: FakeNode, capsys: p
     node.answers["GET /admin/instances"] = (
         200,
         _instances(
-            instances=[INSTANCE, {**INSTANCE, "pid": 4243}, idle],
+            instances=[INSTANCE, {**INSTANCE, "pid": 4243, "live": {"gpu0": 20001}, "source": "learned"}, idle],
             queues={"qwen3:default": 3, "big:default": 2, "none:default": 0},
             budget={"capacity": {"vram": 24000, "instances": 100}, "used": {"vram": 20480, "instances": 3}},
             failures={
@@ -70,14 +70,16 @@ def test_ps_shows_instances_queues_failures_and_budget(node: FakeNode, capsys: p
     assert run(["ps"]) == 0
     memory = ["ram", "512", "MiB,", "vram", "20,480", "MiB"]
     assert _lines(capsys.readouterr().out) == [
-        ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "IDLE"],
-        ["qwen3", "ready", "4242", "40001", "1/4", "3", *memory, "-"],
-        ["qwen3", "ready", "4243", "40001", "1/4", "0", *memory, "-"],
-        ["bge", "ready", "(old)", "4242", "40001", "0/-", "0", "-", "1m"],
-        ["big", "waiting", "-", "-", "-", "2", "-", "-"],
+        ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "SOURCE", "LIVE", "IDLE"],
+        ["qwen3", "ready", "4242", "40001", "1/4", "3", *memory, "-", "-", "-"],
+        ["qwen3", "ready", "4243", "40001", "1/4", "0", *memory, "learned", "gpu0", "20,001", "MiB", "-"],
+        ["bge", "ready", "(old)", "4242", "40001", "0/-", "0", "-", "-", "-", "1m"],
+        ["big", "waiting", "-", "-", "-", "2", "-", "-", "-", "-"],
         ["bad", "failed", "(2", "times):", "exited", "with", "[1];", "next", "try", "in", "8s"],
         ["bad:fast", "failed:", "crashed"],
-        ["budget:", "instances", "3", "of", "100,", "vram", "20,480", "of", "24,000", "MiB"],
+        ["budget"],
+        ["vram", "20,480", "used,", "3,520", "free", "of", "24,000", "MiB"],
+        ["instances", "3", "of", "100"],
     ]
 
 
@@ -87,3 +89,11 @@ def test_ps_of_an_idle_node_and_as_json(node: FakeNode, capsys: pytest.CaptureFi
     assert "Nothing is loaded" in capsys.readouterr().out
     assert run(["ps", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == _instances()
+
+
+def test_ps_tells_used_foreign_and_free_of_each_kind(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu0 = {"capacity_mib": 24000, "used_mib": 20480, "foreign_mib": 3000, "free_mib": 520}
+    budget = {"capacity": {"gpu0": 24000}, "used": {"gpu0": 20480}, "memory": {"gpu0": gpu0}}
+    node.answers["GET /admin/instances"] = (200, _instances(budget=budget))
+    assert run(["ps"]) == 0
+    assert capsys.readouterr().out.endswith("budget\n  gpu0  20,480 used, 3,000 foreign, 520 free of 24,000 MiB\n")

@@ -115,6 +115,12 @@ def test_a_busy_node_says_when_to_come_back(node: FakeNode, capsys: pytest.Captu
     assert "Try again in 30 s." in capsys.readouterr().err
 
 
+def test_a_model_that_is_too_large_points_to_fit(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    node.answers["POST /admin/prewarm"] = node.error(503, "model_too_large", "'big' needs 40000 MiB")
+    assert run(["prewarm", "big"]) == 1
+    assert "'llama-mesh fit big' shows" in capsys.readouterr().err
+
+
 def test_something_else_on_the_port(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     node.answers["GET /v1/models"] = (200, "<html>hello</html>")
     assert run(["models"]) == 1

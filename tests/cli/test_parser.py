@@ -22,7 +22,7 @@ def test_serve_is_the_default(argv: list[str]) -> None:
 
 def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     _, names = parser.build()
-    assert set(names) == {"serve", "check", "demo", "models", "ps", "prewarm", "unload", "logs", "version"}
+    assert set(names) == {"serve", "check", "demo", "fit", "models", "ps", "prewarm", "unload", "logs", "version"}
     for name in names:
         with pytest.raises(SystemExit) as caught:
             run([name, "--help"])
@@ -37,6 +37,42 @@ def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixtu
     assert all(name in overview for name in names)
     assert "exit status: 0 done, 1 failed, 2 wrong usage" in overview
     assert "where Ctrl-C is the normal end" in overview
+
+
+@pytest.mark.parametrize(
+    ("argv", "args", "as_json"),
+    [
+        (["m", "--args", "-c 8192"], "-c 8192", False),
+        (["m", "--args", "--embedding"], "--embedding", False),  # argparse alone: "expected one argument"
+        (["--args", "-fa", "m"], "-fa", False),
+        (["m", "--args=--embedding", "--json"], "--embedding", True),
+        (["--json", "m", "--args", "--mlock"], "--mlock", True),
+        (["m", "--args", "-a", "--args", "-b"], "-b", False),  # the last one wins, as with any flag
+        (["--args", "--mlock", "--", "m"], "--mlock", False),
+        (["--", "m", "--args", "x"], None, False),
+    ],
+)
+def test_arguments_for_llama_server_may_begin_with_a_dash(argv: list[str], args: str | None, as_json: bool) -> None:
+    arguments = parser.parse(["fit", *argv])
+    assert (arguments.args, arguments.json, arguments.models[0]) == (args, as_json, "m")
+
+
+def test_args_without_a_value_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(["fit", "m", "--args"])
+    assert caught.value.code == 2
+    assert "--args: expected one argument" in capsys.readouterr().err
+
+
+def test_the_help_of_fit_tells_its_shapes_and_its_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert "one MODEL prints one object" in text
+    assert "{node, models: [such objects], budget}" in text
+    assert '"does not fit" is an answer' in text
+    assert '--args="-c 32768' in text
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(
