@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import StartNode
-from tests.e2e.harness import Models, Node, cookbook, eventually, profile
+from tests.e2e.harness import TINY_ARGS, Models, Node, cookbook, eventually, profile
 
 ENDLESS_ARGS = "-t 1 -tb 1 -c 32768 -np 1 --no-warmup"
 #: some seconds of talk for a tiny model: longer than the second after which idle things end in these tests
@@ -70,14 +70,14 @@ def engine_path() -> str:
 
 
 class TestBudget:
-    """Two models of 60 MiB each, and 100 MiB for both."""
+    """Two models of more than 50 MiB each, by the cookbook and then as measured, and 100 MiB for both."""
 
     @pytest.fixture
     def node(self, models: Models, start_node: StartNode) -> Node:
         text = cookbook(
             {
-                "alpha": profile(models.alpha, estimated_sysmem_mb=60),
-                "beta": profile(models.beta, estimated_sysmem_mb=60),
+                "alpha": profile(models.alpha, TINY_ARGS + " -cram 40", estimated_sysmem_mb=60),
+                "beta": profile(models.beta, TINY_ARGS + " -cram 40", estimated_sysmem_mb=60),
                 "giant": profile(models.gamma, estimated_sysmem_mb=101),
             },
             defaults={"min_eviction_tenure_secs": 1},
@@ -89,7 +89,7 @@ class TestBudget:
             assert node.say(name) == f"I am {name}"
             assert [i["model_id"] for i in node.instances(state="ready")] == [name]
             assert len(node.servers()) == 1, "the loser's process had ended before the winner's began"
-            assert node.status()["budget"]["used"] == {"ram": 60}
+            assert 50 < node.status()["budget"]["used"]["ram"] <= 100
         assert node.metric("llama_mesh_instance_evictions_total") == 3
 
     def test_requests_for_both_at_once_are_collated(self, node: Node) -> None:
