@@ -8,7 +8,6 @@ children in parallel, save the counters. A second signal kills the children and 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import signal
@@ -29,6 +28,7 @@ from mesh.config.profile import Profile
 from mesh.config.settings import Settings
 from mesh.config.watch import watch_cookbook
 from mesh.core.budget import BudgetLimits
+from mesh.core.devices import Devices
 from mesh.core.gpu_choice import named
 from mesh.core.resources import RAM
 from mesh.engine.footprints import FootprintBook
@@ -38,6 +38,7 @@ from mesh.engine.supervisor import Limits, Supervisor
 from mesh.engine.telemetry import Telemetry
 from mesh.errors import ConfigError, EngineMissingError
 from mesh.host.devices import DeviceReader
+from mesh.host.memory import ram_available_mib, ram_total_mib
 from mesh.host.ports import PortAllocator
 from mesh.logs import Log, Logging, configure
 from mesh.metrics import Metrics
@@ -203,9 +204,12 @@ class Node:
         """Know the budget before the first request; a driver that hangs must not keep the node from starting."""
         self.supervisor.telemetry = self._telemetry
         self._sampling = spawn(self._telemetry.run(), "telemetry")
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(FIRST_SAMPLE_S):
                 await self.supervisor.first_sample.wait()
+        except TimeoutError:
+            log.warning("the GPU driver does not answer; only main memory is budgeted until it does")
+            self.supervisor.ledger.assume(Devices("none", (), ram_total_mib(), ram_available_mib()))
         self._footprints.survey(self.supervisor.catalog.profiles)
         devices = self.supervisor.ledger.devices
         if self.settings.max_vram_mb == "auto" and (devices is None or not devices.budgeted):

@@ -137,6 +137,11 @@ class Ledger:
             self._seen = sample.devices
             self._count_foreign()
 
+    def assume(self, devices: Devices) -> None:
+        """Take *devices* for the machine until the first sample comes."""
+        if self.sampled_at is None:
+            self.devices, self.capacity = devices, capacity(self.limits, devices)
+
     def expire(self) -> float | None:
         """Give up waiting for what does not come back; return when to look again."""
         waiting = len(self.ghosts.all)
