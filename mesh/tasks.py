@@ -47,8 +47,11 @@ async def in_daemon_thread(job: Callable[[], T], name: str) -> T:
     def work() -> None:
         try:
             settle = partial(future.set_result, job())
+        except Exception as error:
+            reason = RuntimeError("the job ended early") if isinstance(error, StopIteration) else error
+            settle = partial(future.set_exception, reason)
         except BaseException as error:
-            settle = partial(future.set_exception, error)
+            settle = partial(future.set_exception, RuntimeError(repr(error)))
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(lambda: None if future.done() else settle())
 

@@ -187,7 +187,8 @@ def _learned(known: Known, bound: int, each: int) -> _Figure:
     if learned is None:
         return _Figure()
     compute = _mib(known.estimate.compute.cpu) if known.estimate is not None else 0
-    ram = max(learned.peak_ram_mib, learned.ready_ram_mib + bound + compute if learned.ready_ram_mib else 0)
+    ready = learned.ready_ram_mib or learned.peak_ram_mib  # never seen without prompts: those may come on top
+    ram = max(learned.peak_ram_mib, ready + bound + compute)
     if not learned.gpus:
         return _Figure(ram)
     on_others = (learned.gpus - 1) * min(each, learned.gpu_mib // learned.gpus)

@@ -124,7 +124,7 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     whole = sum(weights)
     if not 0 < whole < math.inf or min(weights) < 0:
         weights, whole = [1.0] * len(weights), float(len(weights))
-    result = [int(total * weight / whole) for weight in weights]
+    result = [int(total * (weight / whole)) for weight in weights]
     left = total - sum(result)
     for i in sorted(range(len(weights)), key=lambda i: (result[i] - weights[i], i))[:left]:
         result[i] += 1

@@ -13,7 +13,6 @@ from math import inf
 from mesh.config.profile import Profile
 from mesh.core import scheduler
 from mesh.core.lifecycle import Event, State
-from mesh.core.placement import Need
 from mesh.core.world import Admit, Decision, Drain, Reason, Recipe, Refuse, Snapshot, Spawn, Vet
 from mesh.engine import refusals
 from mesh.engine.abandoned import abandon
@@ -211,15 +210,16 @@ class Dispatcher(Lives):
         waiting = {d.key for d in demands}
         keys = waiting | {v.key for v in views}
         profiles = [p for key in keys if (p := self.catalog.names.get(key)) is not None]
-        recipes = {p.key: self._recipe(p, ledger.need(p) if p.key in waiting else None) for p in profiles}
+        recipes = {p.key: self._recipe(p, wanted=p.key in waiting) for p in profiles}
         views += ledger.ghosts.views()
         return Snapshot(self._loop.time(), ledger.capacity, recipes, views, demands, ledger.foreign)
 
-    def _recipe(self, profile: Profile, need: Need | None) -> Recipe:
+    def _recipe(self, profile: Profile, *, wanted: bool) -> Recipe:
+        fresh = self._footprints.fresh(profile)  # asked first: the need is then as fresh, whatever time it gets
         return Recipe(
             key=profile.key,
-            need=need,
-            fresh=self._footprints.fresh(profile),
+            need=self.ledger.need(profile) if wanted else None,
+            fresh=fresh,
             max_instances=profile.max_instances,
             min_tenure_s=profile.min_tenure_s,
             idle_timeout_s=profile.idle_timeout_s,

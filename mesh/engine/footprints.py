@@ -8,6 +8,7 @@ called, on the loop, when an answer that was asked for is there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,8 @@ from mesh.engine.locate import EngineBinary
 _log = logging.getLogger(__name__)
 
 LOOKS_AT_ONCE: Final = 4
+#: a look takes milliseconds; one that takes this long keeps nobody else waiting
+SLOW_S: Final = 3.0
 #: how long files are taken to be as they were
 FRESH_S: Final = 2.0
 #: how long the first sample of the devices is waited for: a driver that hangs must not stop what needs no GPU
@@ -46,6 +49,7 @@ class _Entry:
     look: Look | None = None
     looked_at: float = 0.0
     looking: asyncio.Task[None] | None = None
+    looking_since: float = 0.0
     asked: bool = False  #: ``of`` had no answer: tell when there is one
     built: tuple[object, Footprint] | None = None
 
@@ -54,6 +58,10 @@ class _Entry:
         if self.look is None or self.looking is not None:
             return False
         return asyncio.get_running_loop().time() - self.looked_at <= FRESH_S
+
+    def slow(self) -> bool:
+        """Whether a look takes so long that what was known before counts no more: a file server that is dead."""
+        return self.looking is not None and asyncio.get_running_loop().time() - self.looking_since >= SLOW_S
 
 
 class FootprintBook:
@@ -94,7 +102,7 @@ class FootprintBook:
         if not entry.fresh():
             entry.asked = True
             self._start_look(entry)
-        return self._footprint(entry)
+        return None if entry.slow() else self._footprint(entry)
 
     def fresh(self, profile: Profile) -> bool:
         """Whether the files were as they are now a moment ago: nothing is started on figures of others."""
@@ -125,7 +133,9 @@ class FootprintBook:
         async with several:
             entry = self._entry(profile)
             if not entry.fresh():
-                await asyncio.shield(self._start_look(entry))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SLOW_S):
+                        await asyncio.shield(self._start_look(entry))
 
     def learn(
         self,
@@ -164,8 +174,16 @@ class FootprintBook:
 
     def _start_look(self, entry: _Entry) -> asyncio.Task[None]:
         if entry.looking is None:
+            loop = asyncio.get_running_loop()
+            entry.looking_since = loop.time()
+            loop.call_later(SLOW_S + 0.01, self._is_slow, entry)
             entry.looking = tasks.spawn(self._look(entry), f"look at the files of {entry.profile.key}")
         return entry.looking
+
+    def _is_slow(self, entry: _Entry) -> None:
+        if entry.slow():
+            _log.warning("looking at the files of %s takes long; is their disk there?", entry.profile.key)
+            self._changed()
 
     async def _look(self, entry: _Entry) -> None:
         env = child_env(entry.profile, self._environ)

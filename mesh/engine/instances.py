@@ -79,6 +79,8 @@ class Instance:
     footprint: Resources = field(default_factory=Resources)  #: what it is charged now
     live: Resources | None = None  #: what it was last seen to use; None = not seen yet
     others_before: Resources = field(default_factory=Resources)  #: what others used of each GPU when it was started
+    used_before: Resources = field(default_factory=Resources)  #: and what everybody used
+    early_ram_mib: int | None = None  #: of main memory, just after it became ready
     served: bool = False  #: it has ended a request, so its buffers have been used
     warned: bool = False  #: that it uses more than it was given
     learned: bool = False  #: its use was remembered at least once

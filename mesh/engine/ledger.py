@@ -20,12 +20,12 @@ from mesh.core.lifecycle import State
 from mesh.core.placement import Need, again, gpu_kinds, highest
 from mesh.core.resources import RAM, VRAM, Resources, total
 from mesh.engine.assignment import Assignment, assign
-from mesh.engine.ghosts import Ghosts
+from mesh.engine.ghosts import TOLERANCE_MIB, Ghosts
 from mesh.engine.instances import Instance
 from mesh.engine.llama import expected_model
 from mesh.engine.telemetry import Sample, Usage
 
-#: A first sample that comes later than this after READY may see a prompt cache that has filled already.
+#: A sample that comes later than this after READY may see a prompt cache that has filled already.
 EARLY_S = 10.0
 
 
@@ -127,6 +127,9 @@ class Ledger:
             usage = sample.usage.get(instance.id)
             if usage is not None and instance.started_at < sample.started_at:
                 instance.live = self._live(instance, usage)
+                ready_s = sample.started_at - instance.ready_since
+                if instance.early_ram_mib is None and instance.ready_wall is not None and 0 < ready_s < EARLY_S:
+                    instance.early_ram_mib = instance.live.mib[RAM]
         self.devices, self.sampled_at = sample.devices, sample.started_at
         self.capacity = capacity(self.limits, sample.devices)
         if sample.started_at > self._last_exit_at:  # else it may show a process in one place and not in another
@@ -155,7 +158,12 @@ class Ledger:
         self._last_exit_at = self.clock()
         if not gpu_kinds(instance.footprint) or self.sampled_at is None:
             return
-        self.ghosts.add(instance.id, instance.profile.key, instance.footprint)
+        listed = instance.live is not None and bool(gpu_kinds(instance.live))
+        if not listed and (instance.ready_wall is None or instance.live is None):
+            grown = self.ghosts.used - instance.used_before
+            if all(grown.mib.get(kind, 0) < TOLERANCE_MIB for kind in gpu_kinds(instance.placed)):
+                return  # it died before it took anything
+        self.ghosts.add(instance.id, instance.profile.key, instance.footprint, listed=listed)
 
     def _count_foreign(self) -> None:
         held = Resources({**self.ghosts.held().mib, RAM: 0})  # what ghosts hold is charged to them, not to others
@@ -200,9 +208,10 @@ class Ledger:
             model = expected_model(i.profile)
             if any(o is not i and model is not None and expected_model(o.profile) == model for o in here):
                 continue
+            if not i.learned and i.early_ram_mib is not None:
+                self.footprints.learn(i.profile, i.early_ram_mib, usage.gpu_mib, first=True, identity=i.launched_as)
             ram_mib = self._live(i, usage).mib[RAM]
-            first = not i.learned and sample.started_at < i.ready_since + EARLY_S
-            self.footprints.learn(i.profile, ram_mib, usage.gpu_mib, first=first, identity=i.launched_as)
+            self.footprints.learn(i.profile, ram_mib, usage.gpu_mib, first=False, identity=i.launched_as)
             i.learned = True
             learned.append(i)
         return learned

@@ -146,7 +146,7 @@ class Lives:
         now = self._loop.time()
         instance = Instance(instance_id, profile, runner, decision.footprint, now, started_wall=wall_time())
         known = self._footprints.peek(profile)
-        instance.others_before = self.ledger.others
+        instance.others_before, instance.used_before = self.ledger.others, self.ledger.ghosts.used
         instance.launched_as = None if known is None else known.identity or None
         self._instances[instance_id] = instance
         try:
@@ -223,6 +223,8 @@ class Lives:
             return False
         if any(i.profile.key == key and i.state in LIVE for i in self._instances.values()):
             return False  # the profile is served: nobody has to go for one more of it
+        if self._trust.doubtful(instance.profile):
+            return False
         kinds = set(gpu_kinds(instance.placed)) or {RAM, VRAM}
         near = (i for i in self._instances.values() if i is not instance and kinds & i.footprint.mib.keys())
         others = (i for i in near if not i.profile.pinned)

@@ -142,7 +142,7 @@ class Supervisor(Dispatcher):
             async with asyncio.timeout(LOOK_S):
                 await self._footprints.look(profiles)
         world = self._snapshot()
-        fits = (fit_of(p, self._recipe(p, self.ledger.need(p)), world, self._footprints) for p in profiles)
+        fits = (fit_of(p, self._recipe(p, wanted=True), world, self._footprints) for p in profiles)
         reasons = {key: failure.reason for key, failure in self._failures.all().items() if failure.kind != "crash"}
         return tuple(replace(fit, failure=reasons.get(fit.key)) for fit in fits)
 

@@ -73,6 +73,11 @@ class Trust:
         self._cleared.discard(identity)
         self._failures[identity] = (self._failures.get(identity, (0, 0.0))[0] + 1, self._clock())
 
+    def doubtful(self, profile: Profile) -> bool:
+        """Whether it failed so often that nobody goes for it any more."""
+        count, last_at = self._failures.get(self._identity(profile), (0, 0.0))
+        return count >= DOUBTED_AFTER and self._clock() < last_at + DOUBT_S
+
     def _identity(self, profile: Profile) -> tuple[object, ...]:
         """Name the launch; a file or an engine that was replaced makes it another one."""
         known = self._footprints.peek(profile)
@@ -98,8 +103,8 @@ class Trust:
         known = self._footprints.peek(profile)
         if known is not None and known.problem is not None:
             return InstanceError(known.problem)
-        count, last_at = self._failures.get(self._identity(profile), (0, 0.0))
-        if count < DOUBTED_AFTER or self._clock() >= last_at + DOUBT_S:
+        if not self.doubtful(profile):
             return None
+        count, _ = self._failures[self._identity(profile)]
         return InstanceError(f"{count} times in a row; no other model is stopped for it until it was edited or has "
                              "started in free memory")  # fmt: skip

@@ -112,3 +112,9 @@ def test_any_proportions_add_up(total: int, weights: list[float]) -> None:
 def test_the_highest_of_several_views_is_what_counts() -> None:
     assert highest([gpus(1, 5), gpus(4, 2, ram=3)]) == gpus(4, 5, ram=3)
     assert highest([]) == Resources()
+
+
+def test_shares_of_huge_proportions() -> None:
+    assert shares(100, (1e308, 1.0)) == [100, 0]
+    assert shares(100, (1e308, 1e308)) == [50, 50]
+    assert sum(shares(100, (float("nan"), 1.0))) == 100

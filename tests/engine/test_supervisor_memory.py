@@ -256,6 +256,7 @@ async def test_after_an_exit_the_next_load_waits_until_the_driver_shows_the_memo
     first = w.ask(big_a)
     w.launcher[0].healthy()
     id_a = w.sup.instances()[0].id
+    await asyncio.sleep(0.1)
     sample(w, machine(gpu(0, 1000, 800, 800)), **{id_a: Usage(10, {"gpu0": 800}, 10)})
     first.done()
     w.ask(big_b)
@@ -281,6 +282,7 @@ async def test_memory_that_never_comes_back_is_waited_for_only_so_long() -> None
     first = w.ask(big)
     w.launcher[0].healthy()
     id_a = w.sup.instances()[0].id
+    await asyncio.sleep(0.1)
     sample(w, machine(gpu(0, 1000, 800, 800)), **{id_a: Usage(10, {"gpu0": 800}, 10)})
     first.done()
     w.sup.unload(None)
@@ -333,7 +335,8 @@ async def test_only_what_has_served_is_learned_from() -> None:
     c.done()
     sample(w, machine(gpu(0, 1000, used_mib=3)), **usage)
     sample(w, machine(gpu(0, 1000, used_mib=3)), **usage)
-    assert figures.learned == [("c:default", 70, {"gpu0": 3}, True), ("c:default", 70, {"gpu0": 3}, False)]
+    now = ("c:default", 70, {"gpu0": 3}, False)
+    assert figures.learned == [("c:default", 70, {"gpu0": 3}, True), now, now]
     assert w.metrics.hash(C.args_hash).peak_sysmem_mb == 70
 
 
@@ -453,11 +456,15 @@ async def test_one_that_waits_keeps_its_turn_while_its_size_is_looked_up_again()
 
 async def test_a_ghost_leaves_by_the_clock_though_no_sample_comes() -> None:
     """Traps 43, 44: a driver that hangs must not keep memory that nobody uses."""
-    w = on_one_gpu(A, B)
-    first = w.ask(A)
+    big_a, big_b = profile("a", 800), profile("b", 800)
+    w = on_one_gpu(big_a, big_b, gpu_mib=1000)
+    first = w.ask(big_a)
     w.launcher[0].healthy()
+    id_a = w.sup.instances()[0].id
+    await asyncio.sleep(0.1)
+    sample(w, machine(gpu(0, 1000, 800, 800)), **{id_a: Usage(10, {"gpu0": 800}, 10)})
     first.done()
-    b = w.ask(B)
+    b = w.ask(big_b)
     await asyncio.sleep(LIMIT_S - 1)
     assert len(w.launcher) == 1
     await asyncio.sleep(2)
@@ -517,10 +524,11 @@ async def test_where_the_driver_lists_nobody_memory_is_back_when_the_use_has_fal
     first.done()
     w.ask(big_b)
     await asyncio.sleep(0.2)
-    for used_mib in (800, 800, 500, 300):
+    for used_mib in (800, 800, 500, 500, 300, 300):
         sample(w, unlisted(used_mib))
         assert len(w.launcher) == 1, used_mib
         await asyncio.sleep(0.1)
+    await asyncio.sleep(0.5)
     sample(w, unlisted(300))
     assert len(w.launcher) == 2
 
@@ -581,3 +589,76 @@ async def test_a_model_that_never_loads_does_not_evict_others_again_and_again() 
         await asyncio.sleep(70)
     assert w.metrics.evictions_total == DOUBTED_AFTER
     assert "failed to start: 2 times in a row" in str(b.error)
+
+
+# -- what the second review found
+
+
+async def test_a_load_that_always_runs_out_of_memory_does_not_evict_others_again_and_again() -> None:
+    w = World(C, B, vram=10)
+    for _ in range(6):
+        idle = w.ask(C)
+        await asyncio.sleep(0.2)
+        if idle.lease is None:
+            w.launcher[-1].healthy()
+        idle.done()
+        b = w.ask(B)
+        while b.waits:
+            if w.launcher[-1].profile.key == "b:default":
+                w.launcher[-1].exit(1, "out of memory", cause=Cause.MEMORY)
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(70)
+    assert w.metrics.evictions_total == DOUBTED_AFTER
+
+
+@pytest.mark.parametrize("listed", [{}, {4711_000: 800}])
+async def test_in_a_container_a_list_without_our_processes_proves_nothing(listed: dict[int, int | None]) -> None:
+    """Trap 43: the driver lists nobody, or only pids of the host."""
+    big_a, big_b = profile("a", 800), profile("b", 800)
+    w = on_one_gpu(big_a, big_b, gpu_mib=1000)
+
+    def seen(used_mib: int, processes: dict[int, int | None]) -> Devices:
+        return machine(replace(gpu(0, 1000, used_mib), processes=processes))
+
+    first = w.ask(big_a)
+    w.launcher[0].healthy()
+    id_a = w.sup.instances()[0].id
+    await asyncio.sleep(0.1)
+    sample(w, seen(800, listed), **{id_a: Usage(1, None, 1)})
+    first.done()
+    w.ask(big_b)
+    await asyncio.sleep(0.2)
+    for _ in range(10):
+        sample(w, seen(800, listed))
+        assert len(w.launcher) == 1
+        await asyncio.sleep(0.1)
+    for _ in range(4):
+        sample(w, seen(0, {}))
+        assert len(w.launcher) == 1
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.2)
+    sample(w, seen(0, {}))
+    assert len(w.launcher) == 2
+
+
+async def test_one_that_dies_before_it_takes_anything_is_not_waited_for() -> None:
+    big, small = profile("a", 800), profile("b", 800)
+    w = on_one_gpu(big, small, gpu_mib=1000)
+    w.ask(big)
+    w.launcher[0].exit(1, "bad argument")
+    w.ask(small)
+    assert len(w.launcher) == 2
+
+
+async def test_one_that_was_first_used_late_is_learned_from_as_it_was_when_it_became_ready() -> None:
+    figures = Figures()
+    w = on_one_gpu(C, gpu_mib=1000, figures=figures)
+    c = w.ask(C)
+    w.launcher[0].healthy()
+    id_c = w.sup.instances()[0].id
+    await asyncio.sleep(1)
+    sample(w, machine(gpu(0, 1000)), **{id_c: Usage(70, {}, 60)})
+    await asyncio.sleep(60)
+    c.done()
+    sample(w, machine(gpu(0, 1000)), **{id_c: Usage(90, {}, 80)})
+    assert [(ram, first) for _, ram, _, first in figures.learned] == [(70, True), (90, False)]
