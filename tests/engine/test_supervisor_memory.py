@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from mesh.config.profile import Profile
-from mesh.core.devices import Devices, Gpu
 from mesh.core.footprint import Footprint, Source
 from mesh.core.lifecycle import State
 from mesh.core.placement import Need
-from mesh.core.resources import Resources
 from mesh.engine.exits import Cause
-from mesh.engine.ghosts import LIMIT_S
-from mesh.engine.ledger import CookbookFigures
 from mesh.engine.memory_report import Fit
-from mesh.engine.telemetry import Sample, Usage
+from mesh.engine.telemetry import Usage
 from mesh.engine.trust import DOUBTED_AFTER
 from mesh.errors import EngineMissingError, InstanceError, QueueTimeoutError, TooLargeError
+from tests.engine.sampled import Figures, gpu, machine, on_one_gpu, sample, used
 from tests.engine.supervised import World, profile
 
 pytestmark = pytest.mark.looptime
@@ -33,85 +29,6 @@ def no_bugs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """The supervisor logs a bug and goes on; in a test it is a failure."""
     yield
     assert not [r for r in caplog.get_records("call") if "bug" in r.getMessage() or "failed on" in r.getMessage()]
-
-
-@dataclass
-class Figures(CookbookFigures):
-    """Footprints that the test sets; what is not set is what the cookbook says."""
-
-    known: dict[str, Footprint | None] = field(default_factory=dict)
-    learned: list[tuple[str, int, dict[str, int] | None, bool]] = field(default_factory=list)
-
-    def of(self, profile: Profile) -> Footprint | None:
-        return self.known[profile.key] if profile.key in self.known else super().of(profile)
-
-    peek = of
-    stale: set[str] = field(default_factory=set)
-
-    def fresh(self, profile: Profile) -> bool:
-        return profile.key not in self.stale
-
-    async def look(self, profiles: Iterable[Profile]) -> None:
-        return None
-
-    def learn(
-        self,
-        profile: Profile,
-        usage_ram_mib: int,
-        gpu_mib: Mapping[str, int] | None,
-        *,
-        first: bool,
-        identity: str | None = None,
-    ) -> None:
-        self.learned.append((profile.key, usage_ram_mib, None if gpu_mib is None else dict(gpu_mib), first))
-
-
-class Hurried:
-    """Telemetry that only notes what it is asked."""
-
-    def __init__(self) -> None:
-        self.hurried = 0
-        self.busy = False
-
-    def hurry(self) -> None:
-        self.hurried += 1
-
-    def set_busy(self, busy: bool, /) -> None:
-        self.busy = busy
-
-
-def gpu(number: int, total_mib: int, used_mib: int = 0, *listed_mib: int) -> Gpu:
-    """*listed_mib*: what the driver says of single processes; the rest is used by nobody that it lists."""
-    processes = dict(enumerate(listed_mib, start=100))
-    return Gpu(f"gpu{number}", f"GPU-{number}", "Test", total_mib, used_mib, processes, index=number)
-
-
-def machine(*gpus: Gpu) -> Devices:
-    return Devices("nvml", gpus, 64_000, 64_000)
-
-
-def sample(w: World, devices: Devices, **usage: Usage) -> None:
-    w.sup.sampled(Sample(asyncio.get_running_loop().time(), devices, usage))
-
-
-def old_figures(w: World, devices: Devices) -> None:
-    """A sample in which no GPU could be read: the last good figures stand for them."""
-    stale = frozenset(g.kind for g in devices.gpus)
-    w.sup.sampled(Sample(asyncio.get_running_loop().time(), devices, {}, stale))
-
-
-def on_one_gpu(*profiles: Profile, gpu_mib: int = 10, figures: Figures | None = None) -> World:
-    w = World(*profiles, vram=None, devices=machine(gpu(0, gpu_mib)), footprints=figures)
-    w.sup.telemetry = Hurried()
-    sample(w, machine(gpu(0, gpu_mib)))
-    return w
-
-
-def used(w: World) -> Mapping[str, int]:
-    return w.sup.budget().used.mib
-
-
-# -- vetting
 
 
 async def test_nobody_is_evicted_for_arguments_that_are_not_accepted() -> None:
@@ -159,9 +76,6 @@ async def test_a_file_that_is_broken_is_told_before_anybody_goes() -> None:
     assert isinstance(b.error, InstanceError)
     assert "/b.gguf is truncated" in b.error.message
     assert (w.states, w.launcher.vetted) == ([State.READY], [])
-
-
-# -- loads that run out of memory
 
 
 async def test_a_load_that_runs_out_of_memory_gets_what_idles_and_one_more_try() -> None:
@@ -216,9 +130,6 @@ async def test_a_usage_error_evicts_nobody_and_is_not_tried_again() -> None:
     assert w.launcher[0].signals == []
 
 
-# -- what telemetry says
-
-
 async def test_a_foreign_process_is_counted_and_waited_for() -> None:
     """Trap 42: 8 fit in 10, but not while somebody else has 5; the request waits and says for whom."""
     w = on_one_gpu(A)
@@ -248,55 +159,6 @@ async def test_what_is_larger_than_the_gpu_is_refused_at_once_with_numbers() -> 
     assert a.error.details["capacity_mib"] == {"gpu0": 7}
 
 
-async def test_after_an_exit_the_next_load_waits_until_the_driver_shows_the_memory_back() -> None:
-    """Trap 43."""
-    w = on_one_gpu(A, B, gpu_mib=1000)
-    big_a, big_b = replace(A, estimate=Resources.of(vram_mib=800)), replace(B, estimate=Resources.of(vram_mib=800))
-    w.sup.apply_catalog(type(w.catalog)((big_a, big_b), {p.key: p for p in (big_a, big_b)}))
-    first = w.ask(big_a)
-    w.launcher[0].healthy()
-    id_a = w.sup.instances()[0].id
-    await asyncio.sleep(0.1)
-    sample(w, machine(gpu(0, 1000, 800, 800)), **{id_a: Usage(10, {"gpu0": 800}, 10)})
-    first.done()
-    w.ask(big_b)
-    await asyncio.sleep(0.2)  # a is gone now
-    assert w.states == []
-    assert isinstance(w.sup.telemetry, Hurried)
-    assert (w.sup.telemetry.hurried, w.sup.telemetry.busy) == (2, True)  # as it first served, and as it left
-    assert len(w.launcher) == 1  # its memory is not back
-    sample(w, machine(gpu(0, 1000, used_mib=600)))
-    assert len(w.launcher) == 1
-    old_figures(w, machine(gpu(0, 1000)))  # they prove nothing
-    assert len(w.launcher) == 1
-    assert w.sup.memory_report().used.mib["gpu0"] == 800
-    sample(w, machine(gpu(0, 1000, used_mib=100)))
-    assert len(w.launcher) == 2
-
-
-async def test_memory_that_never_comes_back_is_waited_for_only_so_long() -> None:
-    """Trap 43: then it counts as foreign, and what fits beside it starts."""
-    w = on_one_gpu(A, C, gpu_mib=1000)
-    big = replace(A, estimate=Resources.of(vram_mib=800))
-    w.sup.apply_catalog(type(w.catalog)((big, C), {p.key: p for p in (big, C)}))
-    first = w.ask(big)
-    w.launcher[0].healthy()
-    id_a = w.sup.instances()[0].id
-    await asyncio.sleep(0.1)
-    sample(w, machine(gpu(0, 1000, 800, 800)), **{id_a: Usage(10, {"gpu0": 800}, 10)})
-    first.done()
-    w.sup.unload(None)
-    await asyncio.sleep(0.2)
-    sample(w, machine(gpu(0, 1000, used_mib=800)))
-    again = w.ask(big)
-    await asyncio.sleep(LIMIT_S)
-    assert len(w.launcher) == 1
-    assert again.waits
-    assert w.sup.memory_report().foreign.mib == {"gpu0": 800}
-    sample(w, machine(gpu(0, 1000)))
-    assert len(w.launcher) == 2
-
-
 async def test_one_that_uses_more_than_it_was_given_is_charged_what_it_uses() -> None:
     """While it loads, too: the larger of live, learned and estimate."""
     w = on_one_gpu(C, gpu_mib=100)
@@ -308,17 +170,6 @@ async def test_one_that_uses_more_than_it_was_given_is_charged_what_it_uses() ->
     assert used(w) == {"gpu0": 2, "ram": 7, "vram": 2}
     sample(w, machine(gpu(0, 100, used_mib=30)), **{id_c: Usage(7, {"gpu0": 30}, 7)})
     assert used(w) == {"gpu0": 30, "ram": 7, "vram": 30}
-    assert w.sup.memory_report().foreign.mib == {}
-
-
-async def test_one_that_the_driver_does_not_see_counts_as_charged_not_as_foreign() -> None:
-    """In a container the driver lists processes under pids that nobody here knows."""
-    w = on_one_gpu(C, gpu_mib=1000)
-    w.ask(C)
-    w.launcher[0].healthy()
-    id_c = w.sup.instances()[0].id
-    await asyncio.sleep(1)
-    sample(w, machine(gpu(0, 1000, used_mib=2)), **{id_c: Usage(7, None, 7)})
     assert w.sup.memory_report().foreign.mib == {}
 
 
@@ -368,9 +219,6 @@ async def test_what_was_learned_is_what_a_running_one_is_charged() -> None:
     assert w.sup.memory_report().holders[0].source is Source.LEARNED
 
 
-# -- what is not known yet, and several GPUs
-
-
 async def test_a_model_whose_size_is_being_looked_up_waits_for_it_and_nobody_else_does() -> None:
     figures = Figures({"a:default": None})
     w = on_one_gpu(A, C, figures=figures)
@@ -412,28 +260,6 @@ async def test_what_would_fit_and_what_would_have_to_go_is_told() -> None:
     assert idle == {**busy, "b:default": (Fit.AFTER_EVICTION, (id_a,))}
 
 
-async def test_two_that_leave_between_two_samples_are_both_seen_to_be_gone() -> None:
-    """Trap 43: what others used before is known from a time when neither was gone."""
-    one, two = profile("one", 300), profile("two", 300)
-    w = on_one_gpu(one, two, gpu_mib=1000)
-    for p in (one, two):
-        w.ask(p)
-    for runner in w.launcher.started:
-        runner.healthy()
-    ids = [i.id for i in w.sup.instances()]
-    await asyncio.sleep(1)
-    sample(w, machine(gpu(0, 1000, 700, 300, 300)), **{id_: Usage(7, {"gpu0": 300}, 7) for id_ in ids})
-    for runner in w.launcher.started:
-        runner.exit(-9, "killed")
-        await asyncio.sleep(0.1)
-    assert w.sup.memory_report().used.mib["gpu0"] == 600
-    sample(w, machine(gpu(0, 1000, used_mib=100)))
-    assert w.sup.memory_report().used.mib == {}
-
-
-# -- what the first review found
-
-
 async def test_one_that_waits_keeps_its_turn_while_its_size_is_looked_up_again() -> None:
     """Else a competitor's every look at its file would give the incumbent its requests back, for ever (trap 35)."""
     figures = Figures()
@@ -452,99 +278,6 @@ async def test_one_that_waits_keeps_its_turn_while_its_size_is_looked_up_again()
     figures.stale.clear()
     w.sup.footprints_changed()
     assert w.launcher[1].profile.key == "b:default"
-
-
-async def test_a_ghost_leaves_by_the_clock_though_no_sample_comes() -> None:
-    """Traps 43, 44: a driver that hangs must not keep memory that nobody uses."""
-    big_a, big_b = profile("a", 800), profile("b", 800)
-    w = on_one_gpu(big_a, big_b, gpu_mib=1000)
-    first = w.ask(big_a)
-    w.launcher[0].healthy()
-    id_a = w.sup.instances()[0].id
-    await asyncio.sleep(0.1)
-    sample(w, machine(gpu(0, 1000, 800, 800)), **{id_a: Usage(10, {"gpu0": 800}, 10)})
-    first.done()
-    b = w.ask(big_b)
-    await asyncio.sleep(LIMIT_S - 1)
-    assert len(w.launcher) == 1
-    await asyncio.sleep(2)
-    assert len(w.launcher) == 2
-    assert b.waits
-
-
-async def test_a_process_that_never_was_holds_nothing() -> None:
-    w = on_one_gpu(A)
-    w.launcher.start_error = InstanceError("cannot be started")
-    w.launcher.pid = None
-    w.ask(A)
-    assert w.sup.memory_report().used.mib == {}
-
-
-async def test_a_sample_from_around_an_exit_does_not_make_the_dead_ones_memory_foreign() -> None:
-    """RAM is read before the processes are: it may show one there and not here."""
-    w = World(A, C, vram=None, devices=machine(), ram=60_000)
-    telemetry = w.sup.telemetry = Hurried()
-    w.ask(C)
-    w.launcher[0].healthy()
-    began = asyncio.get_running_loop().time()
-    await asyncio.sleep(0.1)
-    w.launcher[0].exit(-9, "killed")
-    assert telemetry.hurried == 1
-    w.sup.sampled(Sample(began, replace(machine(), ram_available_mib=20_000), {}))
-    assert w.sup.memory_report().foreign.mib == {}
-    await asyncio.sleep(0.1)
-    sample(w, replace(machine(), ram_available_mib=20_000))
-    assert w.sup.memory_report().foreign.mib == {"ram": 40_000}
-
-
-async def test_an_unseen_load_is_not_counted_as_foreign_too() -> None:
-    """AMD, containers: the driver does not list who uses what; what a GPU's use grew by is the load's."""
-    w = on_one_gpu(A, gpu_mib=1000)
-    sample(w, machine(gpu(0, 1000, used_mib=300)))
-    w.ask(A)
-    await asyncio.sleep(0.1)
-    id_a = w.sup.instances()[0].id
-    sample(w, machine(gpu(0, 1000, used_mib=305)), **{id_a: Usage(1, None, 1)})
-    assert w.sup.memory_report().foreign.mib == {"gpu0": 300}
-
-
-async def test_where_the_driver_lists_nobody_memory_is_back_when_the_use_has_fallen_and_stays() -> None:
-    """Trap 43, on AMD: charged 800, used 500, beside a desktop of 300."""
-    big_a, big_b = profile("a", 800), profile("b", 700)
-    w = on_one_gpu(big_a, big_b, gpu_mib=1200)
-
-    def unlisted(used_mib: int) -> Devices:
-        return machine(replace(gpu(0, 1200, used_mib), processes=None))
-
-    first = w.ask(big_a)
-    w.launcher[0].healthy()
-    id_a = w.sup.instances()[0].id
-    await asyncio.sleep(0.1)
-    sample(w, unlisted(800), **{id_a: Usage(1, None, 1)})
-    first.done()
-    w.ask(big_b)
-    await asyncio.sleep(0.2)
-    for used_mib in (800, 800, 500, 500, 300, 300):
-        sample(w, unlisted(used_mib))
-        assert len(w.launcher) == 1, used_mib
-        await asyncio.sleep(0.1)
-    await asyncio.sleep(0.5)
-    sample(w, unlisted(300))
-    assert len(w.launcher) == 2
-
-
-async def test_hidden_memory_of_a_unified_gpu_is_counted_once() -> None:
-    """Trap 48: an APU shows its children's GPU memory nowhere but in what is left of RAM."""
-    apu = Gpu("gpu0", "GPU-0", "APU", 0, 0, None, unified=True)
-    c = replace(C, estimate=Resources.of(ram_mib=30_000))
-    w = World(c, vram=None, devices=machine(apu), ram=60_000)
-    w.sup.telemetry = Hurried()
-    w.ask(c)
-    w.launcher[0].healthy()
-    id_c = w.sup.instances()[0].id
-    await asyncio.sleep(0.1)
-    sample(w, replace(machine(apu), ram_available_mib=33_000), **{id_c: Usage(1_000, {}, 900)})
-    assert w.sup.memory_report().foreign.mib == {}
 
 
 async def test_a_retry_is_only_for_those_who_waited_for_it() -> None:
@@ -591,9 +324,6 @@ async def test_a_model_that_never_loads_does_not_evict_others_again_and_again() 
     assert "failed to start: 2 times in a row" in str(b.error)
 
 
-# -- what the second review found
-
-
 async def test_a_load_that_always_runs_out_of_memory_does_not_evict_others_again_and_again() -> None:
     w = World(C, B, vram=10)
     for _ in range(6):
@@ -609,45 +339,6 @@ async def test_a_load_that_always_runs_out_of_memory_does_not_evict_others_again
             await asyncio.sleep(0.2)
         await asyncio.sleep(70)
     assert w.metrics.evictions_total == DOUBTED_AFTER
-
-
-@pytest.mark.parametrize("listed", [{}, {4711_000: 800}])
-async def test_in_a_container_a_list_without_our_processes_proves_nothing(listed: dict[int, int | None]) -> None:
-    """Trap 43: the driver lists nobody, or only pids of the host."""
-    big_a, big_b = profile("a", 800), profile("b", 800)
-    w = on_one_gpu(big_a, big_b, gpu_mib=1000)
-
-    def seen(used_mib: int, processes: dict[int, int | None]) -> Devices:
-        return machine(replace(gpu(0, 1000, used_mib), processes=processes))
-
-    first = w.ask(big_a)
-    w.launcher[0].healthy()
-    id_a = w.sup.instances()[0].id
-    await asyncio.sleep(0.1)
-    sample(w, seen(800, listed), **{id_a: Usage(1, None, 1)})
-    first.done()
-    w.ask(big_b)
-    await asyncio.sleep(0.2)
-    for _ in range(10):
-        sample(w, seen(800, listed))
-        assert len(w.launcher) == 1
-        await asyncio.sleep(0.1)
-    for _ in range(4):
-        sample(w, seen(0, {}))
-        assert len(w.launcher) == 1
-        await asyncio.sleep(0.1)
-    await asyncio.sleep(0.2)
-    sample(w, seen(0, {}))
-    assert len(w.launcher) == 2
-
-
-async def test_one_that_dies_before_it_takes_anything_is_not_waited_for() -> None:
-    big, small = profile("a", 800), profile("b", 800)
-    w = on_one_gpu(big, small, gpu_mib=1000)
-    w.ask(big)
-    w.launcher[0].exit(1, "bad argument")
-    w.ask(small)
-    assert len(w.launcher) == 2
 
 
 async def test_one_that_was_first_used_late_is_learned_from_as_it_was_when_it_became_ready() -> None:
