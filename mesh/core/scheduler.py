@@ -198,6 +198,7 @@ class _Draft:
             self.reserve(spot, soon=True)  # memory is on its way: drain nobody
         elif not recipe.vetted:
             self.decisions += [] if recipe.vetting else [Vet(key)]
+            self.claim(key, need)
         elif (chosen := self.choose(need, self.evictable(key), self.soon, self.future)) is not None:
             victims, spot = chosen
             self.drain(victims, Reason.ROOM, competitor=key)
@@ -255,8 +256,11 @@ class _Draft:
         chosen = self.choose(need, tenured, self.future)
         if chosen is not None:
             self.held.update(i.id for i in chosen[0])
-        else:
-            chosen = self.choose(need, self.others(key), self.future)
+        self.claim(key, need, chosen)
+
+    def claim(self, key: str, need: Need, chosen: tuple[list[InstanceView], Resources] | None = None) -> None:
+        """Keep for *key* the memory that will be free one day: of *chosen*, or of whoever leaves."""
+        chosen = chosen or self.choose(need, self.others(key), self.future)
         if chosen is not None:
             victims, spot = chosen
             self.promised.update(i.id for i in victims)

@@ -198,9 +198,8 @@ class Dispatcher(Lives):
         moments = (scheduler.next_wakeup(world), look_again_at)
         self._alarm.reset(min((m for m in moments if m is not None), default=None))
         if self.telemetry is not None:
-            self.telemetry.set_busy(
-                bool(self.ledger.ghosts.all) or any(i.state is not State.READY for i in self._instances.values())
-            )
+            moving = bool(self.ledger.ghosts.all) or any(i.state is not State.READY for i in self._instances.values())
+            self.telemetry.set_busy(moving or not self._queues.lines.keys() <= self._ready.keys())
         if self._stopped and not self._instances:
             self._empty.set()
 

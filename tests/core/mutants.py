@@ -76,7 +76,7 @@ _MEMORY = _in(
     ("an idle one is forgotten when its queue empties", "    draft.retire()  # those", "    pass  # those"),
     (
         "nothing is reserved of the untouchable",
-        "chosen = self.choose(need, self.others(key), self.future)",
+        "chosen = chosen or self.choose(need, self.others(key), self.future)",
         "chosen = None",
     ),
     ("two count on the same instance", " and i.id not in self.promised)", ")"),

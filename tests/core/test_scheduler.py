@@ -342,3 +342,13 @@ def test_what_others_use_is_waited_for_but_makes_nothing_impossible(planner: Pla
 def test_an_unknown_size_waits(planner: Planner) -> None:
     w = world(demands=(Demand("a", NOW, 1),), a=replace(recipe("a", 8), need=None))
     assert planner(w).decisions == ()
+
+
+def test_one_that_is_being_looked_over_keeps_the_room_it_will_get() -> None:
+    """Else a later, smaller one takes what will be free, in the moment that the look takes."""
+    w = world(
+        ready("x", "x", 8), demands=(Demand("big", NOW - 5, 1), Demand("small", NOW - 1, 1)),
+        x=recipe("x", 8), big=recipe("big", 9, vetted=False), small=recipe("small", 2),
+    )  # fmt: skip
+    assert plan(w).decisions == (Vet("big"),)
+    assert Spawn("small", MIB(vram_mib=2)) in plan(replace(w, demands=w.demands[1:])).decisions
