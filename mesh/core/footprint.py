@@ -114,10 +114,11 @@ def build(known: Known, machine: Machine, choice: Choice) -> Footprint:
     """Return what an instance takes. Start and memory are decided with the same ``machine`` and ``choice``."""
     passed, bound, notes = _prompt_cache(known.options, known.estimate, machine.ram_limit_mib)
     each = _each_mib(known.estimate)
+    estimated = _estimated(known, bound, each, gpu=sees_gpu(machine, choice))
     figures = {
-        Source.LEARNED: _within(machine.ram_limit_mib, _learned(known, bound, each)),
+        Source.LEARNED: _within(machine.ram_limit_mib, _learned(known, bound, each), estimated),
         Source.COOKBOOK: _Figure(known.cookbook.mib.get(RAM), known.cookbook.mib.get(VRAM)),
-        Source.ESTIMATED: _estimated(known, bound, each, gpu=sees_gpu(machine, choice)),
+        Source.ESTIMATED: estimated,
     }
     figures = {source: figure for source, figure in figures.items() if figure != _Figure()}
     if machine.gpus:
@@ -195,11 +196,11 @@ def _learned(known: Known, bound: int, each: int) -> _Figure:
     return _Figure(ram, learned.gpu_mib - on_others)
 
 
-def _within(ram_limit_mib: int | None, figure: _Figure) -> _Figure:
-    """What ran here fits here: a peak above the whole budget is charged as all of it, and never refused for it."""
-    if figure.ram is None or ram_limit_mib is None:
+def _within(ram_limit_mib: int | None, figure: _Figure, estimated: _Figure) -> _Figure:
+    """What ran here fits here: a peak above the whole budget was a leak or an unbounded cache, not what it needs."""
+    if figure.ram is None or ram_limit_mib is None or figure.ram <= ram_limit_mib:
         return figure
-    return replace(figure, ram=min(figure.ram, ram_limit_mib))
+    return replace(figure, ram=min(ram_limit_mib, ram_limit_mib if estimated.ram is None else estimated.ram))
 
 
 def _estimated(known: Known, bound: int, each: int, *, gpu: bool) -> _Figure:

@@ -256,3 +256,12 @@ def test_an_engine_that_can_use_no_gpu_takes_main_memory_whatever_is_said_of_gpu
     said = footprint(Machine(cpu_only=True), vram=500)
     assert (said.need.fixed, said.need.split_mib) == (footprint().need.fixed, 500)
     assert footprint(vram=500).need.fixed == Resources()
+
+
+def test_a_peak_above_the_whole_budget_was_no_need() -> None:
+    """A leak, or -cram -1: the model ran here, so it is not refused for ever for what it once grew to."""
+    grown = Learned(ready_ram_mib=30_000, peak_ram_mib=50_000)
+    limited = footprint(Machine(ram_limit_mib=20_000), learned=grown)
+    assert limited.need == replace(footprint(Machine(ram_limit_mib=20_000)), source=Source.LEARNED).need
+    assert footprint(Machine(ram_limit_mib=90_000), learned=grown).need.fixed.mib["ram"] >= 50_000
+    assert footprint(Machine(ram_limit_mib=20_000), learned=grown, known=False).need.fixed.mib["ram"] == 20_000
