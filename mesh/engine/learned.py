@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from mesh.core.footprint import Learned
+from mesh.files import replace_file
 
 _log = logging.getLogger(__name__)
 _VERSION = 1
@@ -116,15 +116,4 @@ def _least(old_mib: int, new_mib: int) -> int:
 
 
 def _replace(path: Path, file: _File) -> None:
-    """Put *file* in the place of *path*; a crash leaves the old one or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.tmp")
-    try:
-        with scratch.open("wb") as out:
-            out.write(msgspec.json.format(msgspec.json.encode(file), indent=2))
-            out.flush()
-            os.fsync(out.fileno())
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    replace_file(path, msgspec.json.format(msgspec.json.encode(file), indent=2))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ import msgspec
 
 from mesh import __version__
 from mesh.core.resources import RAM, VRAM
+from mesh.files import replace_file
 from mesh.metrics.counters import HashMetrics, ModelMetrics
 from mesh.metrics.state import Gauges, HashState, HistogramState, ModelState, NodeResources, Snapshot
 from mesh.tasks import wall_time
@@ -170,15 +170,4 @@ class _StateFile:
 
 
 def _replace(path: Path, snapshot: Snapshot) -> None:
-    """Put *snapshot* in the place of *path*; a crash leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(snapshot), indent=2))
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    replace_file(path, msgspec.json.format(msgspec.json.encode(snapshot), indent=2))
