@@ -8,6 +8,9 @@
         - ``QueueFullError``, ``QueueTimeoutError``, ``DrainingError``, ``TooLargeError`` (never fits: no retry)
     - ``InstanceError``      a child process could not be started, never became healthy, or died
     - ``EngineMissingError`` no llama-server to run
+    - ``PeerError``          another node could not be reached, or broke off
+        - ``LinkError``         its link: handshake, framing, silence
+        - ``UntrustedPeerError`` it is not who we trust (operator: ``llama-mesh keys``)
 
 Foreign exceptions are mapped to these at the edge where they arise, with ``raise ... from``. Everything else that
 escapes is a bug and answered 500. ``mesh.api.responses`` holds the one table that turns them into HTTP.
@@ -152,3 +155,42 @@ class EngineMissingError(InstanceError):
 
     type = "engine_missing"
     source = "mesh"
+
+
+class PeerError(MeshError):
+    """Another node could not be reached, or broke off; the message names it."""
+
+    status = 502
+    type = "peer_error"
+    source = "peer"
+
+
+class LinkError(PeerError):
+    """A link to a peer failed: its handshake, its framing, or its end."""
+
+
+class UntrustedPeerError(LinkError):
+    """The other end proved to be somebody whom this node does not trust."""
+
+    type = "untrusted_peer"
+
+
+class PeerRefusalError(MeshError):
+    """A peer itself, not an instance behind it, said no, in an answer that was complete: its own words."""
+
+    source = "peer"
+
+    def __init__(self, message: str, *, status: int, type: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.status = status  # type: ignore[misc]  # here both belong to the case, not to the class
+        self.type = type  # type: ignore[misc]
+
+
+class NoNodeError(CapacityError):
+    """Nodes have the model, and none of them can be reached or may be asked now."""
+
+    type = "no_capacity"
+
+
+class TooManyHopsError(RequestError):
+    """The request was passed on between nodes more than ``max_hops`` times."""
