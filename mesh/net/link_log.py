@@ -1,0 +1,34 @@
+"""Says once per source that its links fail, and once that they work again: a flood of attempts is no flood of lines."""
+
+from __future__ import annotations
+
+from mesh.logs import Log
+from mesh.net.rate_limit import Rate, RateLimiter
+
+_log = Log(__name__)
+
+_MAX_SOURCES = 1024
+_MAX_REASONS = 8  # that one source is heard with before it succeeds
+_LINES = Rate(per_s=1.0, burst=20)  # over all sources: who has many addresses makes no flood either
+
+
+class FailureLog:
+    """What was said about each source; the one that failed first is forgotten when there are too many."""
+
+    def __init__(self) -> None:
+        self._failing: dict[str, set[str]] = {}  # reasons by source
+        self._lines = RateLimiter(_LINES)
+
+    def failed(self, source: str, address: str, reason: str, now: float) -> None:
+        reasons = self._failing.setdefault(source, set())
+        if len(self._failing) > _MAX_SOURCES:
+            del self._failing[next(iter(self._failing))]
+        if reason in reasons or len(reasons) >= _MAX_REASONS:
+            return
+        reasons.add(reason)
+        if self._lines.allow("", now):
+            _log.warning("a peer's link was refused or failed; said once until it works", peer=address, reason=reason)
+
+    def worked(self, source: str, address: str) -> None:
+        if self._failing.pop(source, None):
+            _log.info("links from this peer work again", peer=address)
