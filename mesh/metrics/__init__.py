@@ -21,10 +21,20 @@ from mesh import __version__
 from mesh.core.resources import RAM, VRAM
 from mesh.files import replace_file
 from mesh.metrics.counters import HashMetrics, ModelMetrics
-from mesh.metrics.state import Gauges, HashState, HistogramState, ModelState, NodeResources, Snapshot
+from mesh.metrics.state import Gauges, HashState, HistogramState, ModelState, NodeResources, PeerGauge, Snapshot
 from mesh.tasks import wall_time
 
-__all__ = ["Gauges", "HashMetrics", "HashState", "HistogramState", "Metrics", "ModelMetrics", "ModelState", "Snapshot"]
+__all__ = [
+    "Gauges",
+    "HashMetrics",
+    "HashState",
+    "HistogramState",
+    "Metrics",
+    "ModelMetrics",
+    "ModelState",
+    "PeerGauge",
+    "Snapshot",
+]
 
 _log = logging.getLogger(__name__)
 

@@ -13,6 +13,21 @@ from mesh.core.resources import Resources
 
 
 @dataclass(frozen=True, slots=True)
+class PeerGauge:
+    """One other node, as seen from this one."""
+
+    node_id: str
+    up: bool  #: a member that is not declared dead
+    circuit: str
+    rtt_s: float | None
+    record_age_s: float
+    in_flight: int  #: own requests there
+    forwards_total: int
+    failures_total: int
+    refusals_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Gauges:
     """What is true now, read from its owners at the moment of a snapshot."""
 
@@ -24,6 +39,8 @@ class Gauges:
     others: Resources = field(default_factory=Resources)  #: what other programs use of each GPU
     devices: Devices | None = None  #: as last sampled
     engine_version: str | None = None
+    peers: tuple[PeerGauge, ...] | None = None  #: None if this node is in no mesh
+    drained: bool = False
 
 
 class HistogramState(msgspec.Struct, frozen=True):
