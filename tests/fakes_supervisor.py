@@ -13,6 +13,7 @@ from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.engine.lease import Ticket, Waiter
 from mesh.engine.memory_report import MemoryReport, ModelFit
+from mesh.engine.supervisor import ProfileLoad
 from mesh.errors import MeshError, QueueTimeoutError
 
 
@@ -122,6 +123,18 @@ class FakeSupervisor:
 
     def queues(self) -> Mapping[str, int]:
         return self.waiting
+
+    def load(self, key: str) -> ProfileLoad:
+        load = ProfileLoad(queued=self.waiting.get(key, 0))
+        for view in self.views:
+            if view.key == key and not view.stale and view.state is State.READY:
+                load.ready += 1
+                load.busy += view.busy
+                load.slots += view.slots or 0
+                load.unlimited = load.unlimited or not view.slots
+            elif view.key == key and not view.stale and view.state is State.SPAWNING:
+                load.loading += 1
+        return load
 
     def budget(self) -> FakeBudget:
         return FakeBudget(self.capacity, self.used)

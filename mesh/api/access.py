@@ -19,6 +19,7 @@ from mesh.api.context import NodeContext
 from mesh.api.request_scope import header, sane_request_id
 from mesh.api.responses import error_response, internal_error
 from mesh.api.routes import BY_PATH, Dialect
+from mesh.core.node_state import PeerIdentity
 from mesh.errors import AuthError, MeshError, RequestError
 from mesh.logs import Log
 
@@ -32,6 +33,18 @@ class NotAdminError(RequestError):
     type = "permission_error"
 
 
+class NotAPeerError(RequestError):
+    """A route for other nodes only, or one that they have no business with (trap 103)."""
+
+    status = 403
+    type = "permission_error"
+
+
+GOSSIP_PATH: Final = "/cluster/gossip"
+#: What members of the mesh may use on their links; a client's key is never passed on (trap 102).
+PEER_PATHS: Final = frozenset(
+    {GOSSIP_PATH, "/admin/prewarm", "/admin/unload", "/admin/drain", "/admin/undrain", "/health"}
+)
 PUBLIC_PATHS: Final = frozenset({"/health", "/healthz", "/readyz", "/version"})
 _ADMIN_PREFIX: Final = "/admin/"
 
@@ -42,6 +55,12 @@ def authorised(authenticator: Authenticator, headers: list[tuple[bytes, bytes]],
         return True
     bearer = bearer_token(header(headers, b"authorization") or b"")
     return authenticator.allows(bearer, header(headers, authenticator.header), admin=admin)
+
+
+def peer_of(scope: Scope) -> PeerIdentity | None:
+    """Return the node whose link a request came on, None if a client sent it."""
+    peer: PeerIdentity | None = scope.get("state", {}).get("mesh_peer")
+    return peer
 
 
 class AccessMiddleware:
@@ -102,6 +121,11 @@ class _Exchange:
     def _check_key(self) -> None:
         if self._path in PUBLIC_PATHS:
             return
+        peer = peer_of(self._scope)
+        if self._path in PEER_PATHS and peer is not None:  # its link proved that it is a member
+            return
+        if self._path == GOSSIP_PATH or peer is not None:
+            raise NotAPeerError("this route is for nodes on a link" if peer is None else "not a route for other nodes")
         authenticator, headers = self._ctx.authenticator, self._scope["headers"]
         if not authorised(authenticator, headers):
             raise AuthError("Unauthorized")
@@ -120,8 +144,8 @@ class _Exchange:
         return [(b"x-llama-mesh-node", self._node), (b"x-request-id", self._id.encode())]
 
     def log(self) -> None:
-        """Note the request, except the probes that succeed: they come every second and say nothing."""
-        if self._path in PUBLIC_PATHS and self._status < 400:
+        """Note the request, except probes and gossip that succeed: they come every second and say nothing."""
+        if (self._path in PUBLIC_PATHS or self._path == GOSSIP_PATH) and self._status < 400:
             return
         client = self._scope.get("client")
         self._ctx.access_log.write(

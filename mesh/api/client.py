@@ -7,6 +7,8 @@ knows instances.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -17,7 +19,8 @@ from mesh.api.http1 import RequestHead
 from mesh.api.request_reader import RequestReader, Stage
 from mesh.api.responses import STATUS_LINES, HeadTimeoutError, ProtocolError, error_response, internal_error
 from mesh.api.routes import Dialect, Route
-from mesh.errors import AuthError, BodyTimeoutError, DrainingError, MeshError
+from mesh.core.node_state import PeerIdentity
+from mesh.errors import AuthError, BodyTimeoutError, DrainingError, MeshError, TooManyHopsError, UnknownModelError
 from mesh.logs import Log
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ _LINGER_S = 2.0  # how long a client may go on sending what nobody will read, so
 _FIRST_REQUEST_S = 1.0  # how long a drain waits for the first request of a connection that was just made
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NEVER = float("inf")
+_RESET = struct.pack("ii", 1, 0)  # a plain close is a clean end to whoever was told no length
 
 
 class ClientConnection(asyncio.Protocol):
@@ -49,6 +53,7 @@ class ClientConnection(asyncio.Protocol):
         "_since",
         "_transport",
         "address",
+        "peer",
         "write",
         "write_paused",
     )
@@ -67,6 +72,7 @@ class ClientConnection(asyncio.Protocol):
         self._paused_since = 0.0
         self.write_paused = False
         self.address = ""
+        self.peer: PeerIdentity | None = None  #: the node at the other end, if this is a link
 
     # --- transport events
 
@@ -75,6 +81,8 @@ class ClientConnection(asyncio.Protocol):
         self.write = partial(self._plane.outbox.write, self._transport)
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.peer = transport.get_extra_info("mesh_peer")
+        self._reader.of_peer = self.peer is not None
         plane = self._plane
         self._deadline = plane.now() + (_FIRST_REQUEST_S if plane.ctx.draining else plane.head_timeout_s)
         plane.opened(self)
@@ -130,8 +138,12 @@ class ClientConnection(asyncio.Protocol):
         if head.route is not None:  # the app checks keys and the drain by itself
             if plane.ctx.draining:
                 return DrainingError("Node is draining for shutdown")
-            if not plane.authenticator.allows_digests(head.credentials):
+            if plane.ctx.drained and (self.peer is not None or plane.forwarder is None):
+                return DrainingError("this node is drained: 'llama-mesh undrain' lets it work again")
+            if self.peer is None and not plane.authenticator.allows_digests(head.credentials):
                 return AuthError("Unauthorized")
+            if head.mesh is not None and head.mesh.hops > plane.ctx.settings.max_hops:
+                return TooManyHopsError("Too many hops (loop detected)")
         return plane.limits.body_error() if length > plane.limits.body_bytes else None
 
     def body_awaited(self, expects_continue: bool) -> None:
@@ -147,6 +159,9 @@ class ClientConnection(asyncio.Protocol):
         self._deadline = _NEVER
         try:
             name, stream = requested_model(route, head.query, body)
+            passed_on = head.mesh if self.peer is not None else None
+            if passed_on is not None and passed_on.model is not None:
+                name = passed_on.model
             profile, metrics = self._plane.find(name, route)
             if stream and not route.may_stream:
                 body = without_stream(body)
@@ -155,6 +170,8 @@ class ClientConnection(asyncio.Protocol):
             return
         exchange = Exchange(self._plane, self, head, profile, metrics, body, self._request_id, self._since)
         self._exchange = exchange
+        if (forwarder := self._plane.forwarder) is not None:
+            exchange.trip = forwarder.trip(exchange, self.peer, head.mesh)
         try:
             exchange.start()
         except Exception:
@@ -242,6 +259,8 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._closing = True
             self._plane.outbox.flush()
+            if (sock := self._transport.get_extra_info("socket")) is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
 
     # --- the end
@@ -253,6 +272,8 @@ class ClientConnection(asyncio.Protocol):
         lines = [STATUS_LINES[status], *(b"%b: %b\r\n" % header for header in headers)]
         lines.append(b"Content-Length: %d\r\nX-Request-Id: %b\r\n" % (len(body), self._request_id))
         lines.append(self._plane.node_field)
+        if self.peer is not None and (error.status >= 500 or error.type == UnknownModelError.type):  # own or passed on
+            lines.append(b"X-Llama-Mesh-Error: %b\r\n" % error.type.encode("latin-1"))  # others may do better
         lines.append(b"\r\n" if keep_alive else b"Connection: close\r\n\r\n")
         if head is None or head.method != b"HEAD":
             lines.append(body)

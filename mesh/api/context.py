@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mesh.config.profile import Catalog, Profile
 from mesh.core.lifecycle import State
@@ -20,8 +20,11 @@ from mesh.metrics import Gauges
 if TYPE_CHECKING:
     from mesh.api.auth import Authenticator
     from mesh.config.settings import Settings
+    from mesh.core.node_state import PeerIdentity
+    from mesh.core.routing import Ranked
     from mesh.logs import AccessLog
     from mesh.metrics import Metrics
+    from mesh.net.peers import Peers
 
 
 class InstanceView(Protocol):
@@ -81,6 +84,20 @@ class Failure(Protocol):
     def log_tail(self) -> Sequence[str]: ...
 
 
+class ProfileLoad(Protocol):
+    """How busy the instances of one profile are, together."""
+
+    queued: int
+    ready: int
+    loading: int
+    busy: int
+    slots: int
+    unlimited: bool
+
+    @property
+    def has_room(self) -> bool: ...
+
+
 class LogSubscription(Protocol):
     """A live view of one ring; ``close`` ends the iteration, ``dropped`` counts the lines it was too slow for."""
 
@@ -104,6 +121,7 @@ class Supervisor(Admission, Protocol):
     def catalog(self) -> Catalog: ...
     def instances(self) -> Sequence[InstanceView]: ...
     def queues(self) -> Mapping[str, int]: ...
+    def load(self, key: str) -> ProfileLoad: ...
     def budget(self) -> Budget: ...
     def memory_report(self) -> MemoryReport: ...
     async def model_fits(self) -> Sequence[ModelFit]: ...
@@ -111,6 +129,28 @@ class Supervisor(Admission, Protocol):
     async def prewarm(self, profile: Profile, *, wait: bool, deadline: float | None) -> InstanceView | None: ...
     def unload(self, key: str | None) -> int: ...
     def log_ring(self, key: str) -> Sequence[tuple[str, LogRing]]: ...
+
+
+class MeshView(Protocol):
+    """What the API asks of this node's part in the mesh."""
+
+    @property
+    def peers(self) -> Peers: ...
+    @property
+    def own_fingerprint(self) -> str: ...
+    @property
+    def largest_message_bytes(self) -> int: ...
+
+    def gossip(self, peer: PeerIdentity, body: bytes, /) -> bytes:
+        """Answer a message of *peer*; raise ``RequestError`` if it is malformed."""
+
+    def explain(
+        self, name: str | None, *, prompt_tokens: int, max_tokens: int | None
+    ) -> tuple[Profile, Sequence[Ranked]]:
+        """Return the profile that *name* leads to, here or elsewhere, and who would serve it, soonest first."""
+
+    async def call(self, node_id: str, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Any:
+        """POST *body* to another node over a link and return its JSON. Raise ``MeshError`` in its words, or ours."""
 
 
 def _no_version() -> str | None:
@@ -133,8 +173,10 @@ class NodeContext:
     node_id: str
     started_at_wall: float
     draining: bool = False
+    drained: bool = False  #: by an operator: the node takes no new work until it is told to
     #: the engine's version, None if not known; must be cheap, and answered from memory (trap 98)
     engine_version: Callable[[], str | None] = _no_version
+    mesh: MeshView | None = None  #: set by the app, in a mesh
     #: why no instance can be started ("Binary missing"), None if one can; cheap like the version
     engine_problem: Callable[[], str | None] = _no_problem
 
@@ -158,4 +200,6 @@ class NodeContext:
             others=report.others,
             devices=report.devices,
             engine_version=self.engine_version(),
+            peers=None if self.mesh is None else tuple(p.gauge() for p in self.mesh.peers.by_name().values()),
+            drained=self.drained,
         )

@@ -41,18 +41,20 @@ import asyncio
 import itertools
 import re
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from mesh.api.client import ClientConnection
 from mesh.api.context import NodeContext
 from mesh.api.exchange import Exchange
+from mesh.api.forwarding import Forwarder
 from mesh.api.handoff import AppGateway
 from mesh.api.http1 import RequestHead
 from mesh.api.outbox import Outbox
 from mesh.api.request_reader import Limits
 from mesh.api.routes import Route
 from mesh.config.profile import Catalog, Profile
-from mesh.errors import MeshError
+from mesh.errors import MeshError, UnknownModelError
 from mesh.metrics import Metrics, ModelMetrics
 
 SWEEP_INTERVAL_S = 0.5
@@ -83,7 +85,10 @@ class DataPlane:
         self.detached: set[Exchange] = set()
         self.connections: set[ClientConnection] = set()
         self.ctx = ctx
+        self.forwarder: Forwarder | None = None  #: set by the app, in a mesh, as is ``learn``
+        self.learn: Callable[[Exchange, float, tuple[int, int]], None] | None = None
         self._catalog: Catalog | None = None
+        self._epoch = 0  # of what peers have
         self._found: dict[tuple[str | None, Route], tuple[Profile, ModelMetrics]] = {}
         self._id_prefix = secrets.token_hex(6).encode()
         self._ids = itertools.count(1)
@@ -99,20 +104,31 @@ class DataPlane:
     def find(self, name: str | None, route: Route) -> tuple[Profile, ModelMetrics]:
         """Return the profile for a requested name, able to do what *route* is for, and its counters.
 
-        Raise the caller's error otherwise. What was found is remembered until the catalog is replaced.
+        Raise the caller's error otherwise. What was found is remembered until the catalog, or what peers have, changes.
         """
         catalog = self.admission.catalog
-        if catalog is not self._catalog:
-            self._catalog = catalog
+        epoch = 0 if self.forwarder is None else self.forwarder.peers.epoch
+        if catalog is not self._catalog or epoch != self._epoch:
+            self._catalog, self._epoch = catalog, epoch
             self._found.clear()
         found = self._found.get((name, route))
         if found is None:
-            profile = catalog.resolve(name)
+            profile = self._resolve(catalog, name)
             route.check(profile, name or profile.id)
             found = profile, self.metrics.model(profile.args_hash, profile.id)
             if len(self._found) < _MAX_FOUND:
                 self._found[name, route] = found
         return found
+
+    def _resolve(self, catalog: Catalog, name: str | None) -> Profile:
+        try:
+            return catalog.resolve(name)
+        except UnknownModelError:
+            wanted = catalog.default_model if name is None else name
+            profile = None if self.forwarder is None or wanted is None else self.forwarder.find(wanted)
+            if profile is None:
+                raise
+            return profile
 
     def next_id(self) -> bytes:
         """Return an id for a request that brought none: unique, short and cheap."""
@@ -177,7 +193,9 @@ class DataPlane:
             self.detached.discard(exchange)
         generated = 0
         if exchange.watched:
-            prompt, generated = exchange.count_tokens()
+            prompt, generated = tokens = exchange.count_tokens()
+            if self.learn is not None and status == 200 and error is None and not exchange.was_passed_on:
+                self.learn(exchange, now, tokens)
             model.tokens_prompt_total += prompt
             model.tokens_generated_total += generated
         ttft_s = None if exchange.first_byte_at is None else exchange.first_byte_at - since

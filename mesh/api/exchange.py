@@ -7,21 +7,19 @@ connection, lease, the gauge) is given back on the way there; late calls find ``
 How the lease ends says whether the child is done with the request: ``release`` if it answered in full or closed the
 connection itself, ``abandon`` if we cut it off, because a child may compute on for a while (traps 8, 9).
 
-A request is sent again only while not one byte of an answer has come: at once if a kept connection turned out to be
-closed, and once through the queue, with its old place, if the instance died (trap 75).
+Where it goes, and where again, is its other half's (delivery.py).
 """
 
 from __future__ import annotations
 
-import asyncio
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from mesh.api.delivery import ONE_WRITE_BYTES, Client, Delivery, Phase
 from mesh.api.http1 import RequestHead
-from mesh.api.relay import Relay
 from mesh.api.responses import RequestExpiredError, error_event, internal_error
 from mesh.api.routes import Route
-from mesh.api.upstream import Pool, UpstreamConnection, pool_of
+from mesh.api.upstream import Pool, pool_of
 from mesh.config.profile import Profile
 from mesh.engine.lease import Lease, Ticket
 from mesh.errors import MeshError, UpstreamError
@@ -30,67 +28,25 @@ from mesh.metrics import ModelMetrics
 
 if TYPE_CHECKING:
     from mesh.api.dataplane import DataPlane
+    from mesh.api.forwarding import PeerLease
 
 _log = Log(__name__)
-
-#: How long the supervisor gets to notice that an instance died, before the request asks it for another one.
-CRASH_NOTICE_S = 0.1
-_CLIENT_GONE_STATUS = 499  # as nginx logs it; nobody receives it
-_NOT_LOOKED = (-1, 0.0)
-_ONE_WRITE_BYTES = 4096  # up to here one copy is cheaper than a second buffer
-
-
-class Phase(Enum):
-    QUEUED = auto()
-    PAUSED = auto()  # between a crash and the second attempt
-    CONNECTING = auto()
-    WAITING = auto()  # sent; no byte of an answer yet
-    ANSWERING = auto()  # bytes of the answer have come
-    DONE = auto()
-
 
 # Looking a member up on its class costs 70 ns in Python 3.11, many times per request.
 _QUEUED, _PAUSED, _CONNECTING, _WAITING, _ANSWERING, _DONE = Phase
 
-
-class Client(Protocol):
-    """The connection that the request came on."""
-
-    @property
-    def address(self) -> str: ...
-    @property
-    def write_paused(self) -> bool: ...
-
-    def write(self, data: bytes) -> None: ...
-    def answered(self, keep_alive: bool, now: float) -> None:
-        """The answer was written; begin the next request or close."""
-
-    def answer_error(self, error: MeshError) -> None:
-        """No byte of an answer was written: answer *error*, then go on."""
-
-    def cut_off(self, last_words: bytes) -> None:
-        """The answer ends before its end: write *last_words* if any, then close in a way that is not a clean end."""
+_CLIENT_GONE_STATUS = 499  # as nginx logs it; nobody receives it
 
 
-class Exchange(Relay):
+class Exchange(Delivery):
     """See the module. It is also the ``Waiter`` of its admission and the ``Requester`` of its connection."""
 
     __slots__ = (
-        "_body",
-        "_crashes",
-        "_lease",
-        "_plane",
-        "_progress",
-        "_retry_timer",
         "_ticket",
-        "_upstream",
         "_wait_since",
         "address",
-        "bytes_in",
-        "client",
         "instance_id",
         "model_metrics",
-        "phase",
         "profile",
         "queue_s",
         "route",
@@ -109,25 +65,15 @@ class Exchange(Relay):
         since: float,
     ) -> None:
         route: Route = head.route
-        super().__init__(head, request_id, client.write, plane.now, route.needs_slot)
-        self.client: Client | None = client
+        super().__init__(plane, client, head, body, request_id, route.needs_slot)
         self.address = client.address
-        self.bytes_in = len(body)
         self.route = route
         self.profile = profile
         self.since = since
-        self.phase = _QUEUED
         self.queue_s: float | None = None
         self.instance_id: str | None = None
         self.model_metrics = model_metrics
-        self._plane = plane
-        self._body = body  # kept until an answer begins
         self._ticket: Ticket | None = None
-        self._lease: Lease | None = None
-        self._upstream: UpstreamConnection | None = None
-        self._retry_timer: asyncio.TimerHandle | None = None
-        self._crashes = 0
-        self._progress = _NOT_LOOKED  # (bytes, when) of the last look, for the read timeout
         self._wait_since = since
 
     # --- admission
@@ -138,21 +84,54 @@ class Exchange(Relay):
         metrics.requests_total += 1
         metrics.current_requests += 1
         self.model_metrics.requests_total += 1
-        self._submit()
+        self.submit()
 
-    def _submit(self) -> None:
+    def submit(self) -> None:
+        if self.trip is not None:
+            self.trip.go()
+            return
+        wait_s = self.profile.max_wait_s  # in the queue: neither the upload counts nor the service before a crash
+        self.queue_here(None if wait_s is None else wait_s - (self.queue_s or 0.0))
+
+    def queue_here(self, wait_s: float | None) -> None:
+        """Ask for an instance of this node; wait for at most *wait_s*."""
         self.phase = _QUEUED
         self._wait_since = now = self._now()
-        wait_s = self.profile.max_wait_s  # in the queue: neither the upload counts nor the service before a crash
         ticket = self._plane.admission.submit(
             self.profile,
             self,
             since=self.since,
-            deadline=None if wait_s is None else now + wait_s - (self.queue_s or 0.0),
+            deadline=None if wait_s is None else now + wait_s,
             needs_slot=self.route.needs_slot,
         )
         if self.phase is _QUEUED:
             self._ticket = ticket
+
+    def ask_peer(self, lease: PeerLease) -> None:
+        """Let a peer serve it."""
+        self.phase = _QUEUED
+        self._wait_since = self._now()
+        self._peer = lease
+        self.admitted(lease)
+
+    @property
+    def was_passed_on(self) -> bool:
+        """Whether a peer served it."""
+        return self.instance_id is not None and self.instance_id.startswith("@")
+
+    def pause_for(self, delay_s: float, then: Callable[[], None]) -> None:
+        """Do nothing for *delay_s*, then call *then*, unless the client leaves."""
+        self.phase = _PAUSED
+        self._retry_timer = self._plane.loop.call_later(delay_s, self._pause_over, then)
+
+    def _pause_over(self, then: Callable[[], None]) -> None:
+        self._retry_timer = None
+        then()
+
+    @property
+    def waited_s(self) -> float:
+        """How long it has waited, or been with a peer, since it was last given to somebody."""
+        return self._now() - self._wait_since
 
     @property
     def only_looks(self) -> bool:
@@ -173,6 +152,8 @@ class Exchange(Relay):
         self._lease = lease
         self.instance_id = lease.endpoint.instance_id
         now = self._now()
+        if self.trip is not None and self._peer is None:
+            self.trip.waited(now - self._wait_since)
         if self.queue_s is None:
             self.queue_s = queue_s = now - self._wait_since
             metrics = self._plane.metrics
@@ -188,93 +169,10 @@ class Exchange(Relay):
 
     def refused(self, error: MeshError) -> None:
         self._ticket = None
-        if self.phase is _QUEUED:
-            self.fail(error)
-
-    # --- upstream connection
-
-    @property
-    def wants_connection(self) -> bool:
-        return self.phase is _CONNECTING
-
-    def _open(self, pool: Pool) -> None:
-        self.phase = _CONNECTING
-        if pool.endpoint.alive:
-            pool.connect(self)
-        else:
-            self._try_elsewhere(UpstreamError("the instance is gone"))
-
-    def connected(self, connection: UpstreamConnection) -> None:
-        """Send the request."""
-        client = self.client
-        assert client is not None
-        self.phase = _WAITING
-        self._upstream = connection
-        self._progress = _NOT_LOOKED  # the time before is nobody's silence
-        connection.requester = self
-        if client.write_paused:
-            connection.pause_reading()
-        pool, head, body = connection.pool, self.request, self._body
-        self.expect(pool, not head.keep_alive or self._plane.ctx.draining)
-        length = self.bytes_in
-        if 0 < length <= _ONE_WRITE_BYTES:
-            framing = b"Content-Length: %d\r\nX-Request-Id: " % length
-            out = b"".join((head.forward, pool.fields, framing, self.request_id, b"\r\n\r\n", body))
-            self._plane.outbox.write(connection.transport, out)
+        if self.phase is not _QUEUED:
             return
-        framing = b"Content-Length: %d\r\n" % length if length or head.method == b"POST" else b""
-        out = b"%b%b%bX-Request-Id: %b\r\n\r\n" % (head.forward, pool.fields, framing, self.request_id)
-        if length:
-            connection.transport.writelines((out, body))  # nothing of it is held: what came before was answered
-        else:
-            self._plane.outbox.write(connection.transport, out)
-
-    def connect_failed(self, error: UpstreamError) -> None:
-        self._try_elsewhere(error)
-
-    def answer_begins(self) -> None:
-        """From here on the request is not sent again."""
-        self.phase = _ANSWERING
-        self._body = b""
-        connection = self._upstream
-        if connection is not None and not connection.reused:
-            connection.pool.answers(connection)
-
-    def upstream_lost(self, error: Exception | None) -> None:
-        """The connection ended by itself: cleanly (*error* is None) or not."""
-        connection, self._upstream = self._upstream, None
-        if self.phase is _WAITING:
-            assert self._lease is not None
-            again = self.client is not None and self._lease.endpoint.alive
-            if again and connection is not None and connection.reused:  # the next one is new, so this happens once
-                self._plane.metrics.upstream_retries_total += 1
-                self._open(connection.pool)
-            else:
-                self._try_elsewhere(UpstreamError("the instance closed the connection before it answered"))
-        elif self.phase is _ANSWERING:
-            if self.until_close and error is None:
-                self.answer_complete(reusable=False)
-            else:
-                self.fail(UpstreamError("the instance closed the connection in the middle of its answer"))
-
-    def _try_elsewhere(self, error: UpstreamError) -> None:
-        """The instance is dead or dying: go back to the queue once, with the old place; else give up."""
-        self._crashes += 1
-        if self.client is None or self._crashes > 1 or self._lease is None:
+        if self.trip is None or not self.trip.refused_here(error):
             self.fail(error)
-            return
-        self._plane.metrics.upstream_retries_total += 1
-        self.phase = _PAUSED
-        # the lease is kept until then, so that its place is not given to a request that would meet the same
-        delay_s = CRASH_NOTICE_S if self._lease.endpoint.alive else 0.0
-        self._retry_timer = self._plane.loop.call_later(delay_s, self._resubmit)
-
-    def _resubmit(self) -> None:
-        self._retry_timer = None
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.release()
-        self._submit()
 
     # --- back-pressure and limits
 
@@ -291,8 +189,8 @@ class Exchange(Relay):
         """Called about twice a second: enforce the request's own limits."""
         limit_s = self.profile.max_request_s
         if limit_s and now - self.since > limit_s:
-            self.fail(RequestExpiredError(limit_s, queued=self.phase is _QUEUED))
-        elif self._plane.upstream_read_timeout_s and self._upstream is not None:
+            self.fail(RequestExpiredError(limit_s, queued=self.phase in (_QUEUED, _PAUSED)))
+        elif self._plane.upstream_read_timeout_s and self._upstream is not None and self._peer is None:
             self._check_progress(now, self.bytes_out, self._upstream.paused)
 
     def _check_progress(self, now: float, bytes_out: int, waits_for_client: bool) -> None:
@@ -331,13 +229,11 @@ class Exchange(Relay):
         self._upstream = None
         if connection is not None:
             # one that answered before it had read the request is of no use any more; a small one it has read
-            if reusable and (self.bytes_in <= _ONE_WRITE_BYTES or connection.transport.get_write_buffer_size() == 0):
+            if reusable and (self.bytes_in <= ONE_WRITE_BYTES or connection.transport.get_write_buffer_size() == 0):
                 connection.pool.give(connection, now)
             else:
                 connection.abort()
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            lease.release()
+        self._end_lease()
         self._end(status, "instance_error" if status >= 500 else None, now)
         if client is not None:
             client.answered(not self.closes_client, now)
@@ -373,7 +269,7 @@ class Exchange(Relay):
         upstream, self._upstream = self._upstream, None
         if upstream is not None:
             upstream.abort()
-        lease, self._lease = self._lease, None
+        lease, self._lease, self._peer = self._lease, None, None
         if lease is not None:
             if upstream is not None:  # we cut the child off
                 lease.abandon(streaming=self.response is not None and self.response.event_stream)
@@ -386,6 +282,9 @@ class Exchange(Relay):
         self.phase = _DONE
         self.stop()
         self._body = b""
+        if self.trip is not None:
+            self.trip.cancel()
+            self.trip = None
         self._plane.finished(self, status, error, now)
         self.client = None
 

@@ -16,6 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from mesh.core.breaker import Phase
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.metrics import Gauges, HistogramState, ModelState, Snapshot
@@ -48,6 +49,11 @@ _MODEL_COUNTERS: Final = (
     ("model_generated_tokens", "tokens_generated_total", "Tokens generated per model, reasoning and tools included."),
     ("model_prompt_tokens", "tokens_prompt_total", "Prompt tokens per model."),
 )
+_PEER_COUNTERS: Final = (
+    ("peer_forwards", "forwards_total", "Requests passed on to it."),
+    ("peer_forward_failures", "failures_total", "Of those, the ones that it did not answer, or not to the end."),
+    ("peer_forward_refusals", "refusals_total", "Of those, the ones that it turned away."),
+)
 _MODEL_LABELS: Final = ("model", "args_hash")
 
 
@@ -70,6 +76,7 @@ class _SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from _node(self._snapshot)
         yield from _now(self._snapshot, self._gauges)
+        yield from _peers(self._gauges)
         yield from _models(self._snapshot)
 
 
@@ -104,6 +111,31 @@ def _now(snapshot: Snapshot, gauges: Gauges) -> Iterator[Metric]:
     gpus = [] if gauges.devices is None else [(g.kind, g) for g in gauges.devices.budgeted]
     yield _labelled("gpu_memory_used_bytes", "As the driver says.", "kind", [(k, g.used_mib * _MIB) for k, g in gpus])
     yield _labelled("gpu_memory_total_bytes", "As the driver says.", "kind", [(k, g.total_mib * _MIB) for k, g in gpus])
+
+
+def _peers(gauges: Gauges) -> Iterator[Metric]:
+    yield _gauge("drained", "1 if an operator took the node out of rotation.", int(gauges.drained))
+    if gauges.peers is None:
+        return
+    peers = gauges.peers
+    ages = [(p.node_id, p.record_age_s) for p in peers]
+    rtts = [(p.node_id, p.rtt_s) for p in peers if p.rtt_s is not None]
+    yield _labelled(
+        "peer_up", "1 for a member of the mesh that lives.", "peer", [(p.node_id, int(p.up)) for p in peers]
+    )
+    yield _labelled("peer_record_age_seconds", "Since its state was last heard.", "peer", ages)
+    yield _labelled("peer_round_trip_seconds", "Moving mean over its link.", "peer", rtts)
+    yield _labelled("peer_requests", "Own requests in flight there.", "peer", [(p.node_id, p.in_flight) for p in peers])
+    circuit = GaugeMetricFamily(_PREFIX + "peer_circuit", "1 for the breaker's phase.", labels=("peer", "phase"))
+    for peer in peers:
+        for phase in Phase:
+            circuit.add_metric((peer.node_id, str(phase)), int(peer.circuit == phase))
+    yield circuit
+    for name, field, text in _PEER_COUNTERS:
+        counter = CounterMetricFamily(_PREFIX + name, text, labels=("peer",))
+        for peer in peers:
+            counter.add_metric((peer.node_id,), getattr(peer, field))
+        yield counter
 
 
 def _models(snapshot: Snapshot) -> Iterator[Metric]:

@@ -47,6 +47,7 @@ class AppRequest(HttpToolsProtocol):
         self.scope["path"] = unquote(head.path_text)
         self.scope["raw_path"] = head.path
         self.scope["query_string"] = head.query
+        self.scope.setdefault("state", {})["mesh_peer"] = self.transport.get_extra_info("mesh_peer")
 
     def send_400_response(self, msg: str) -> None:
         """Answer what our own parser let pass and uvicorn's did not: a bug, but still an envelope (trap 74)."""

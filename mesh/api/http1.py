@@ -6,8 +6,7 @@ coding together), because whatever two parsers read differently is a way to smug
 over the whole head is that grammar: there are no leniency flags to get wrong, it costs 2 us, and a property test holds
 it against llhttp.
 
-A parsed head remembers the bytes before and after its Content-Length digits. A next head that has the same bytes there
-is the same head (``read_known``), which costs two comparisons instead of a parse: the same client sends the same head.
+A parsed head can be recognised when it comes again, see known_heads.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import re
 from collections.abc import Set
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
+from urllib.parse import unquote
 
 from mesh.api.auth import bearer_token, credential_digests
 from mesh.api.responses import ProtocolError
@@ -29,8 +29,8 @@ _RESPONSE = re.compile(
 )
 _OTHER_VERSION = re.compile(_TOKEN + rb" [\x21-\x7e]+ HTTP/[0-9]\.[0-9]\r\n")
 _ABSOLUTE_FORM = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
-_MAX_LENGTH_DIGITS = 15
+SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
+MAX_LENGTH_DIGITS = 15
 
 _HOP_BY_HOP = {
     b"connection",
@@ -58,15 +58,17 @@ _NOT_FOR_CHILDREN = _HOP_BY_HOP | {
 }
 _NOT_FOR_CLIENTS = _HOP_BY_HOP | {b"x-request-id"}
 _OURS = b"x-llama-mesh-"
+_HOPS, _MODEL, _WAIT, ERROR_FIELD = (_OURS + name for name in (b"hops", b"model", b"wait-ms", b"error"))
+_MAX_WAIT_DIGITS = 12
 
 
-class _Known(Protocol):
-    @property
-    def before(self) -> bytes: ...
-    @property
-    def after(self) -> bytes: ...
+@dataclass(frozen=True, slots=True)
+class MeshFields:
+    """What a node says about a request that it passes on. All but ``hops`` counts only on a link."""
 
-    digits: int
+    hops: int = 0  #: how many nodes have passed it on
+    model: str | None = None  #: the profile's key, whatever the body says
+    wait_s: float | None = None  #: how long it may still wait for a place
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +93,8 @@ class RequestHead:
     method_text: str  #: for the log, as is path_text
     path_text: str
     route: Any = None  #: the data plane's note
+    mesh: MeshFields | None = None  #: if another node passed it on
+    id_last: bool = False  #: ``after`` ends where the request id begins, which is another one each time
 
 
 @dataclass(slots=True, eq=False)
@@ -108,27 +112,7 @@ class ResponseHead:
     after: bytes
     digits: int
     length: int
-
-
-def read_known(known: _Known, data: bytes, position: int = 0) -> tuple[int, int]:
-    """If *known*'s head stands at *position*, return where it ends and its Content-Length, else (0, 0)."""
-    before = known.before
-    if not data.startswith(before, position):
-        return 0, 0
-    after = known.after
-    start = position + len(before)
-    if not after:
-        return start, 0
-    stop = start + known.digits
-    digits = data[start:stop]
-    if digits.isdigit() and data.startswith(after, stop):
-        return stop + len(after), int(digits)
-    stop = data.find(b"\r", start, start + _MAX_LENGTH_DIGITS + 1)
-    digits = data[start:stop]
-    if stop < 0 or not digits.isdigit() or not data.startswith(after, stop):
-        return 0, 0
-    known.digits = len(digits)
-    return stop + len(after), int(digits)
+    refusal: str | None = None  #: the type of error, if a peer itself says no, not the instance behind it
 
 
 def parse_request(head: bytes, key_header: bytes) -> RequestHead:
@@ -165,7 +149,7 @@ def parse_request(head: bytes, key_header: bytes) -> RequestHead:
         credentials=credential_digests(
             None if authorization is None else bearer_token(authorization), fields.first(key_header)
         ),
-        request_id=request_id if request_id is not None and _SANE_ID.fullmatch(request_id) else None,
+        request_id=request_id if request_id is not None and SANE_ID.fullmatch(request_id) else None,
         forward=b"%b %b HTTP/1.1\r\n%b" % (found["method"], target, kept),
         before=before,
         after=after,
@@ -173,11 +157,15 @@ def parse_request(head: bytes, key_header: bytes) -> RequestHead:
         length=length,
         method_text=found["method"].decode("ascii"),
         path_text=path.decode("ascii"),
+        mesh=_mesh_fields(fields),
     )
 
 
-def parse_response(head: bytes) -> ResponseHead:
-    """Parse an instance's *head*, which ends with its blank line; raise ``ProtocolError`` if it is malformed."""
+def parse_response(head: bytes, *, of_peer: bool = False) -> ResponseHead:
+    """Parse an instance's *head*, which ends with its blank line; raise ``ProtocolError`` if it is malformed.
+
+    A peer's head (*of_peer*) keeps what it says of who served, and may carry its refusal.
+    """
     found = _RESPONSE.fullmatch(head)
     if found is None:
         raise ProtocolError("malformed response head")
@@ -190,7 +178,8 @@ def parse_response(head: bytes) -> ResponseHead:
     has_length = bool(after)
     content_type = fields.first(b"content-type") or b""
     event_stream = content_type.lower().startswith(b"text/event-stream")
-    kept = fields.without(_NOT_FOR_CLIENTS)
+    refusal = fields.first(ERROR_FIELD) if of_peer else None
+    kept = fields.without(_NOT_FOR_CLIENTS | {ERROR_FIELD}, ours=of_peer)
     if event_stream and fields.first(b"x-accel-buffering") is None:
         kept += b"X-Accel-Buffering: no\r\n"  # trap 77: a proxy in front of us must not collect events either
     return ResponseHead(
@@ -205,6 +194,7 @@ def parse_response(head: bytes) -> ResponseHead:
         after=after,
         digits=len(str(length)),
         length=length,
+        refusal=None if refusal is None else refusal.decode("latin-1"),
     )
 
 
@@ -257,21 +247,40 @@ class _Fields:
         digits = found[0]
         if len(found) > 1 or chunked:
             raise ProtocolError("the length of the body is ambiguous")
-        if not digits.isdigit() or len(digits) > _MAX_LENGTH_DIGITS:
+        if not digits.isdigit() or len(digits) > MAX_LENGTH_DIGITS:
             raise ProtocolError("malformed Content-Length")
         line = self._lines[self._names.index(b"content-length")]
         at = head.index(b"\r\n" + line + b"\r\n") + 2 + line.index(digits)
         return int(digits), head[:at], head[at + len(digits) :]
 
-    def without(self, names: Set[bytes]) -> bytes:
-        """Return the fields verbatim but for *names*, our own, and those the sender meant for the next hop only."""
+    def without(self, names: Set[bytes], *, ours: bool = False) -> bytes:
+        """Return the fields verbatim but for *names*, those the sender meant for the next hop only, and our own.
+
+        With *ours*, our own are kept.
+        """
         dropped = names if self.connection <= names else names | self.connection
         kept = [
             line
             for line, name in zip(self._lines, self._names, strict=True)
-            if name not in dropped and not name.startswith(_OURS)
+            if name not in dropped and (ours or not name.startswith(_OURS))
         ]
         return b"\r\n".join([*kept, b""])
+
+
+def _mesh_fields(fields: _Fields) -> MeshFields | None:
+    """Return what another node says of the request, None if none passed it on. There is one hop count (trap 60)."""
+    hops = fields.all(_HOPS)
+    if not hops:
+        return None
+    if len(hops) > 1 or not hops[0].isdigit() or len(hops[0]) > 4:
+        raise ProtocolError("Invalid X-Llama-Mesh-Hops header value")
+    model, wait = fields.first(_MODEL), fields.first(_WAIT)
+    known_wait = wait is not None and wait.isdigit() and len(wait) <= _MAX_WAIT_DIGITS
+    return MeshFields(
+        hops=int(hops[0]),
+        model=None if model is None else unquote(model.decode("ascii", "replace")),
+        wait_s=int(wait) / 1000 if wait is not None and known_wait else None,
+    )
 
 
 def _check_host(fields: _Fields, http10: bool) -> None:

@@ -1,4 +1,7 @@
-"""``/v1/models`` as OpenAI's clients expect it, with llamesh's metadata. Reads the catalog; never starts anything."""
+"""``/v1/models`` as OpenAI's clients expect it, with llamesh's metadata: the union over the mesh, own models first.
+
+Reads the catalog and what other nodes told; never starts anything.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from mesh.api.context import NodeContext
 from mesh.config.profile import Profile
 from mesh.core.lifecycle import State
 from mesh.core.load_log import parse_load_log
+from mesh.core.node_state import ProfileState
 from mesh.errors import UnknownModelError
 
 _LOAD_LOG_LINES: Final = 1000
@@ -24,10 +28,16 @@ def routes(ctx: NodeContext) -> list[Route]:
 
     async def listing(request: Request) -> JSONResponse:
         data = [model_entry(ctx, profile, parameters.of(profile)) for profile in ctx.supervisor.catalog.profiles]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": data + peers_entries(ctx)})
 
     async def retrieve(request: Request) -> JSONResponse:
-        profile = find_profile(ctx, request.path_params["id"].lstrip("/"))
+        name = request.path_params["id"].lstrip("/")
+        try:
+            profile = find_profile(ctx, name)
+        except UnknownModelError:
+            if (entry := _entry_elsewhere(ctx, name)) is None:
+                raise
+            return JSONResponse(entry)
         return JSONResponse(model_entry(ctx, profile, parameters.of(profile)))
 
     return [Route("/v1/models", listing), Route("/v1/models/{id:path}", retrieve)]
@@ -42,6 +52,53 @@ def find_profile(ctx: NodeContext, name: str) -> Profile:
     if not name:
         raise UnknownModelError("Model '' not found in local cookbook or any peer", param="model")
     return catalog.resolve(name)
+
+
+def peers_entries(ctx: NodeContext) -> list[dict[str, Any]]:
+    """Return an entry for everything that only other nodes have, by id (trap 80)."""
+    if ctx.mesh is None:
+        return []
+    own = {profile.key for profile in ctx.supervisor.catalog.profiles}
+    return [_peers_entry(ctx, state, nodes) for state, nodes in ctx.mesh.peers.profiles() if state.key not in own]
+
+
+def _entry_elsewhere(ctx: NodeContext, name: str) -> dict[str, Any] | None:
+    """Return the entry of what live peers know as *name*; an id may be written differently on each."""
+    stand_in = ctx.mesh.peers.profile(name) if ctx.mesh is not None else None
+    if ctx.mesh is None or stand_in is None:
+        return None
+    found = ((state, nodes) for state, nodes in ctx.mesh.peers.profiles() if state.key == stand_in.key)
+    return next((_peers_entry(ctx, state, nodes) for state, nodes in found), None)
+
+
+def _peers_entry(ctx: NodeContext, state: ProfileState, nodes: tuple[str, ...]) -> dict[str, Any]:
+    profile = state.key.partition(":")[2]
+    return {
+        "id": state.id,
+        "object": "model",
+        "created": int(ctx.started_at_wall),
+        "owned_by": nodes[0],
+        "permission": [],
+        "root": state.id.partition(":")[0],
+        "parent": None,
+        "metadata": {
+            "model": state.id.partition(":")[0],
+            "model_description": None,
+            "profile_id": profile,
+            "profile_description": state.description or None,
+            "idle_timeout_seconds": None,
+            "estimated_tokens_per_second": state.decode_tps or 0.0,
+            "parsed_model_params": None,
+            "aliases": list(state.aliases),
+            "nodes": list(nodes),
+        },
+    }
+
+
+def _nodes_with(ctx: NodeContext, profile: Profile) -> list[str]:
+    """Return the nodes that have *profile*, this one first."""
+    others = [] if ctx.mesh is None else [peer.node_id for peer in ctx.mesh.peers.holders(profile.key)]
+    return [ctx.node_id, *others]
 
 
 def model_entry(ctx: NodeContext, profile: Profile, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -63,6 +120,7 @@ def model_entry(ctx: NodeContext, profile: Profile, parameters: Mapping[str, Any
             "estimated_tokens_per_second": _tokens_per_second(ctx, profile),
             "parsed_model_params": parameters,
             "aliases": list(profile.aliases),
+            "nodes": _nodes_with(ctx, profile),
         },
     }
 

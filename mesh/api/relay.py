@@ -12,7 +12,7 @@ from collections.abc import Callable
 from mesh.api.chunked import ChunkedDecoder, ChunkError
 from mesh.api.http1 import RequestHead, ResponseHead
 from mesh.api.upstream import Pool
-from mesh.api.usage import UsageMeter, read_usage
+from mesh.api.usage import Timings, UsageMeter, read_timings, read_usage
 from mesh.errors import UpstreamError
 
 _CLOSE = b"Connection: close\r\n"
@@ -26,6 +26,7 @@ class Relay(ABC):
 
     __slots__ = (
         "_decoder",
+        "_head_end",
         "_left",
         "_meter",
         "_now",
@@ -33,6 +34,7 @@ class Relay(ABC):
         "_pool",
         "_sink",
         "_tokens",
+        "_whole",
         "bytes_out",
         "closes_client",
         "feed",
@@ -54,9 +56,13 @@ class Relay(ABC):
         write: Callable[[bytes], object],
         now: Callable[[], float],
         watched: bool,
+        *,
+        to_peer: bool,
     ) -> None:
+        """A node knows its request's id (*to_peer*); left out, the heads of a link are the same again and again."""
         self.request = request
         self.request_id = request_id
+        self._head_end = b"\r\n" if to_peer else b"X-Request-Id: %b\r\n\r\n" % request_id
         self._now = now
         self.watched = watched  #: whether tokens are to be counted
         self.write = write
@@ -67,17 +73,18 @@ class Relay(ABC):
         self.bytes_out = 0
         self.first_byte_at: float | None = None  #: of the body, unless it came whole
         self._tokens = (0, 0)
+        self._whole = b""  # a body that came in one piece
         self._partial = b""  # a head that is not whole yet
         self._left = 0  # body bytes still to come, if they are counted
         self._decoder: ChunkedDecoder | None = None
         self._meter: UsageMeter | None = None
         self._sink: Callable[[bytes], object] = _ignore  # looks at payload
 
-    # --- what the exchange is told; after one of the last two, nothing is fed any more
+    # --- what the exchange is told; after one of the last three, nothing is fed any more
 
     @abstractmethod
     def answer_begins(self) -> None:
-        """Bytes of an answer have come. Told with each piece of its head."""
+        """Bytes of an answer have come. Told with each piece of its head; of a peer's, once it is no refusal."""
 
     @abstractmethod
     def answer_complete(self, reusable: bool) -> None:
@@ -85,6 +92,10 @@ class Relay(ABC):
 
     @abstractmethod
     def answer_broken(self, error: UpstreamError) -> None: ...
+
+    @abstractmethod
+    def answer_refused(self, head: ResponseHead, body: bytes, whole: bool) -> None:
+        """A peer said no by itself; nothing was written. *whole* tells whether *body* is all of what it said."""
 
     # --- head
 
@@ -95,7 +106,9 @@ class Relay(ABC):
         self.feed = self._read_head
 
     def _read_head(self, data: bytes) -> None:
-        self.answer_begins()
+        of_peer = self._pool.of_peer
+        if not of_peer:
+            self.answer_begins()
         if self._partial:
             data = self._partial + data
             self._partial = b""
@@ -113,23 +126,29 @@ class Relay(ABC):
             self._partial = data
             return
         rest = data[end:]
+        if of_peer:
+            if head.refusal is not None:
+                self.answer_refused(head, rest, length == len(rest))
+                return
+            self.answer_begins()
         if length != len(rest) or not length or head.bodiless or self.request.method == b"HEAD":
             self._begin(head, length, rest)
             return
         # a small answer that came in one piece: most do
         self.response = head
         close = _CLOSE if self.closes_client else b""
-        out = b"%bContent-Length: %d\r\n%bX-Request-Id: %b\r\n\r\n%b" % (
+        out = b"%bContent-Length: %d\r\n%b%b%b" % (
             head.forward,
             length,
             close,
-            self.request_id,
+            self._head_end,
             rest,
         )
         self.bytes_out = len(out)
         self.write(out)
         if self.watched and head.status == 200:
             self._tokens = read_usage(rest)
+            self._whole = rest
         self.answer_complete(not head.closes)
 
     def _begin(self, head: ResponseHead, length: int, rest: bytes) -> None:
@@ -159,7 +178,7 @@ class Relay(ABC):
                 self.closes_client = True
         if self.closes_client:
             framing += _CLOSE
-        return b"%b%bX-Request-Id: %b\r\n\r\n" % (head.forward, framing, self.request_id)
+        return b"%b%b%b" % (head.forward, framing, self._head_end)
 
     def _begin_open_ended(self, head: ResponseHead, out: bytes, rest: bytes) -> None:
         if not head.chunked:
@@ -260,6 +279,10 @@ class Relay(ABC):
     def count_tokens(self) -> tuple[int, int]:
         """Return (prompt, generated) tokens as far as the answer told."""
         return self._tokens if self._meter is None else self._meter.tokens()
+
+    def timings(self) -> Timings | None:
+        """Return what the instance measured, if the answer told."""
+        return read_timings(self._whole if self._meter is None else self._meter.end)
 
     def stop(self) -> None:
         """Ignore what still comes, and break the cycle of references that ``feed`` is."""

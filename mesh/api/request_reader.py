@@ -13,7 +13,8 @@ from enum import Enum, auto
 from typing import Protocol
 
 from mesh.api.chunked import ChunkedDecoder, ChunkError
-from mesh.api.http1 import RequestHead, parse_request, read_known
+from mesh.api.http1 import RequestHead, parse_request
+from mesh.api.known_heads import read_known, take_id, without_id
 from mesh.api.responses import ProtocolError
 from mesh.api.routes import BY_PATH
 from mesh.errors import BodyTooLargeError, MeshError
@@ -97,6 +98,7 @@ class RequestReader:
         "_serving",
         "_taker",
         "head",
+        "of_peer",
         "receive",
         "stage",
     )
@@ -105,6 +107,7 @@ class RequestReader:
         self._owner = owner
         self._limits = limits
         self._known: RequestHead | None = None  # the last head; the key in it lives no longer than the connection
+        self.of_peer = False  #: whether another node is at the other end
         self.receive: Callable[[bytes], None] = self._read_head
         self.stage = _HEAD
         self.head: RequestHead | None = None  #: of the request under way
@@ -130,6 +133,8 @@ class RequestReader:
         known = self._known
         if known is not None:
             end, length = read_known(known, data, position)
+            if end and known.id_last:
+                end = take_id(known, data, end)
             if end:
                 self._begin(known, length, data, position, end)
                 return
@@ -152,6 +157,8 @@ class RequestReader:
         methods = BY_PATH.get(head.path)
         head.route = None if methods is None else methods.get(head.method)
         self._known = head if end - position <= _MAX_KNOWN_HEAD_BYTES else None
+        if self.of_peer:
+            without_id(head)
         self._begin(head, head.length, data, position, end)
 
     def _keep_partial_head(self, data: bytes) -> None:

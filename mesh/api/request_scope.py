@@ -46,7 +46,7 @@ async def json_object(request: Request, *, timeout_s: float | None) -> dict[str,
         raise UnsupportedMediaError("the body must be sent as Content-Type: application/json")
     try:
         async with asyncio.timeout(timeout_s):
-            body = await _limited_body(request)
+            body = await binary_body(request, ADMIN_BODY_LIMIT_BYTES)
     except TimeoutError as error:
         raise BodyTimeoutError("Request body read timed out") from error
     try:
@@ -58,12 +58,13 @@ async def json_object(request: Request, *, timeout_s: float | None) -> dict[str,
     return value
 
 
-async def _limited_body(request: Request) -> bytes:
+async def binary_body(request: Request, limit_bytes: int) -> bytes:
+    """Return the body of *request*; raise ``BodyTooLargeError`` beyond *limit_bytes*."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > ADMIN_BODY_LIMIT_BYTES:
-            raise BodyTooLargeError(f"the body is larger than {ADMIN_BODY_LIMIT_BYTES} bytes")
+        if len(body) > limit_bytes:
+            raise BodyTooLargeError(f"the body is larger than {limit_bytes} bytes")
     return bytes(body)
 
 

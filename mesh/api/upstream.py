@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
-from mesh.api.http1 import ResponseHead, parse_response, read_known
+from mesh.api.http1 import ResponseHead, parse_response
+from mesh.api.known_heads import read_known
 from mesh.api.responses import ProtocolError
-from mesh.engine.lease import Endpoint
-from mesh.errors import UpstreamError
+from mesh.engine.lease import Endpoint, Target
+from mesh.errors import MeshError, UpstreamError
 from mesh.logs import Log
 from mesh.tasks import spawn
 
@@ -38,7 +39,7 @@ class Requester(Protocol):
     """Whose answer a connection brings."""
 
     def connected(self, connection: UpstreamConnection) -> None: ...
-    def connect_failed(self, error: UpstreamError) -> None: ...
+    def connect_failed(self, error: MeshError) -> None: ...
     @property
     def wants_connection(self) -> bool: ...
     def upstream_lost(self, error: Exception | None) -> None: ...
@@ -99,21 +100,21 @@ class UpstreamConnection(asyncio.Protocol):
 class Pool:
     """The open connections to one endpoint, and the response heads it is known to send."""
 
+    of_peer: ClassVar[bool] = False  #: whether another node is at the other end
+    idle_limit_s: ClassVar[float] = IDLE_LIMIT_S
+    kept_idle: ClassVar[int] = _KEPT_IDLE
+
     __slots__ = ("_heads", "_instance_fields", "_prune_timer", "_starved", "endpoint", "fields", "idle", "open")
 
-    def __init__(self, endpoint: Endpoint, node_id: str) -> None:
+    def __init__(self, endpoint: Target, fields: bytes, instance_fields: bytes) -> None:
         self.endpoint = endpoint
         self.open: set[UpstreamConnection] = set()
         self.idle: list[UpstreamConnection] = []  # the most recently used one last
         self._starved: set[UpstreamConnection] = set()  # new, asked something, silent
         self._heads: list[ResponseHead] = []
         self._prune_timer: asyncio.TimerHandle | None = None
-        #: what every request to this instance carries
-        self.fields = _request_fields(endpoint)
-        self._instance_fields = b"X-Llama-Mesh-Node: %s\r\nX-Llama-Mesh-Instance: %s\r\n" % (
-            node_id.encode("latin-1", "replace"),
-            endpoint.instance_id.encode("latin-1", "replace"),
-        )
+        self.fields = fields  #: what every request to it carries
+        self._instance_fields = instance_fields  # what every answer of it is given
         endpoint.closers.append(self.close)
 
     def take(self, now: float) -> UpstreamConnection | None:
@@ -121,7 +122,7 @@ class Pool:
         idle = self.idle
         while idle:
             connection = idle.pop()
-            if now - connection.idle_since < IDLE_LIMIT_S and not connection.transport.is_closing():
+            if now - connection.idle_since < self.idle_limit_s and not connection.transport.is_closing():
                 return connection
             connection.abort()
         return None
@@ -143,9 +144,9 @@ class Pool:
         """Drop what was idle for too long; a child's thread waits on each. One timer per pool, not per connection."""
         loop = asyncio.get_running_loop()
         self._prune_timer = None
-        now, spare = loop.time(), len(self.idle) - _KEPT_IDLE
+        now, spare = loop.time(), len(self.idle) - self.kept_idle
         for number, connection in enumerate(tuple(self.idle)):
-            if now - connection.idle_since >= (_PRUNE_INTERVAL_S if number < spare else IDLE_LIMIT_S):
+            if now - connection.idle_since >= (_PRUNE_INTERVAL_S if number < spare else self.idle_limit_s):
                 connection.abort()
         if self.idle:
             self._prune_timer = loop.call_later(_PRUNE_INTERVAL_S, self._prune)
@@ -175,17 +176,25 @@ class Pool:
             if requester.wants_connection:
                 requester.connect_failed(UpstreamError("cannot connect to the instance"))
 
-    async def _connect(self, requester: Requester) -> None:
-        loop = asyncio.get_running_loop()
+    async def _open(self) -> UpstreamConnection:
+        """Return a new connection; raise ``MeshError`` if there is none to be had."""
+        loop, endpoint = asyncio.get_running_loop(), cast(Endpoint, self.endpoint)
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 _, connection = await loop.create_connection(
-                    lambda: UpstreamConnection(self), self.endpoint.host, self.endpoint.port
+                    lambda: UpstreamConnection(self), endpoint.host, endpoint.port
                 )
         except OSError as error:  # TimeoutError is one
+            raise UpstreamError(f"cannot connect to the instance: {str(error) or 'timed out'}") from error
+        return connection
+
+    async def _connect(self, requester: Requester) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            connection = await self._open()
+        except MeshError as error:
             if requester.wants_connection:
-                reason = str(error) or "timed out"
-                requester.connect_failed(UpstreamError(f"cannot connect to the instance: {reason}"))
+                requester.connect_failed(error)
             return
         if not self.endpoint.alive or connection.transport.is_closing():
             connection.abort()
@@ -193,7 +202,8 @@ class Pool:
                 requester.connect_failed(UpstreamError("the instance closed the connection at once"))
         elif requester.wants_connection:
             requester.connected(connection)
-            loop.call_later(_STARVED_S, self._look_after, connection)
+            if not self.of_peer:
+                loop.call_later(_STARVED_S, self._look_after, connection)
         else:
             self.give(connection, loop.time())
 
@@ -230,7 +240,7 @@ class Pool:
         if end == 3:
             return None, 0, 0
         try:
-            head = parse_response(data[:end])
+            head = parse_response(data[:end], of_peer=self.of_peer)
         except ProtocolError as error:
             raise UpstreamError(f"the instance did not answer in HTTP: {error.message}") from error
         head.forward += self._instance_fields
@@ -239,10 +249,15 @@ class Pool:
         return head, end, head.length
 
 
-def pool_of(endpoint: Endpoint, node_id: str) -> Pool:
-    """Return the endpoint's pool, made on first use."""
+def pool_of(endpoint: Target, node_id: str) -> Pool:
+    """Return the endpoint's pool, made on first use; a peer brings its own."""
     if endpoint.pool is None:
-        endpoint.pool = Pool(endpoint, node_id)
+        assert isinstance(endpoint, Endpoint)
+        served_by = b"X-Llama-Mesh-Node: %s\r\nX-Llama-Mesh-Instance: %s\r\n" % (
+            node_id.encode("latin-1", "replace"),
+            endpoint.instance_id.encode("latin-1", "replace"),
+        )
+        endpoint.pool = Pool(endpoint, _request_fields(endpoint), served_by)
     pool: Pool = endpoint.pool
     return pool
 

@@ -8,9 +8,15 @@ A stream that ends without any is counted by its events, one token each.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 _LLAMA_USAGE = re.compile(rb'"usage":\{"completion_tokens":([0-9]{1,12}),"prompt_tokens":([0-9]{1,12})[,}]')
 _NUMBER = re.compile(rb"\s*:\s*([0-9]{1,12})")
+_FIGURE = rb"([0-9]{1,12}(?:\.[0-9]{1,12})?)"
+_TIMINGS = re.compile(
+    rb'"timings":\{[^{}]*?"prompt_n":%b,"prompt_ms":%b,[^{}]*?"predicted_n":%b,"predicted_ms":%b[,}]'
+    % (_FIGURE, _FIGURE, _FIGURE, _FIGURE)
+)
 _MAX_UNFINISHED_BYTES = 16384
 
 
@@ -53,6 +59,11 @@ class UsageMeter:
             self._early = piece
         self._late = piece
 
+    @property
+    def end(self) -> bytes:
+        """The last piece that holds figures."""
+        return self._late or self._early
+
     def tokens(self) -> tuple[int, int]:
         """Return (prompt, generated) tokens; events stand in for generated ones that nothing tells."""
         prompt, generated = read_usage(self._early)
@@ -84,6 +95,24 @@ def read_usage(piece: bytes) -> tuple[int, int]:
     if at >= 0:
         return _value(piece, b'"prompt_n"', at), _value(piece, b'"predicted_n"', at)
     return 0, 0
+
+
+class Timings(NamedTuple):
+    """What llama-server measured of one request."""
+
+    prompt_tokens: int  #: that were processed; those from the cache are not among them
+    prompt_s: float
+    generated: int
+    decode_s: float
+
+
+def read_timings(piece: bytes) -> Timings | None:
+    """Return the ``timings`` that *piece*, the end of an answer, tells; None if there are none."""
+    found = _TIMINGS.search(piece, max(0, piece.rfind(b'"timings"')))
+    if found is None:
+        return None
+    prompt_n, prompt_ms, predicted_n, predicted_ms = (float(figure) for figure in found.groups())
+    return Timings(int(prompt_n), prompt_ms / 1000, int(predicted_n), predicted_ms / 1000)
 
 
 def _value(piece: bytes, name: bytes, start: int) -> int:

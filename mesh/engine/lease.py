@@ -33,10 +33,23 @@ class Endpoint:
             self.closers.pop()()
 
 
+class Target(Protocol):
+    """What can be connected to: an instance's ``Endpoint``, or another node."""
+
+    @property
+    def instance_id(self) -> str: ...
+    @property
+    def closers(self) -> list[Callable[[], None]]: ...
+
+    alive: bool
+    pool: Any
+
+
 class Lease(Protocol):
     """A request's right to use an instance, counted from the moment of the decision. Ends exactly once."""
 
-    endpoint: Endpoint
+    @property
+    def endpoint(self) -> Target: ...
 
     def release(self) -> None:
         """The answer is complete (or the child is known to have dropped the request): its slot is free. Idempotent."""

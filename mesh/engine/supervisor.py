@@ -41,6 +41,23 @@ class Budget:
     used: Resources
 
 
+@dataclass(slots=True)
+class ProfileLoad:
+    """The load of one profile's instances, together."""
+
+    queued: int = 0
+    ready: int = 0
+    loading: int = 0
+    busy: int = 0  #: slots that are taken
+    slots: int = 0
+    unlimited: bool = False  #: an instance takes any number of requests
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request would be admitted at once."""
+        return bool(self.ready) and not self.queued and (self.unlimited or self.busy < self.slots)
+
+
 class Supervisor(Dispatcher):
     """See the module docstring. Create it inside the running event loop."""
 
@@ -130,6 +147,21 @@ class Supervisor(Dispatcher):
     def queues(self) -> Mapping[str, int]:
         """Return the number of waiting requests per profile key; profiles without any are left out."""
         return {key: self._queues.length(key) for key in self._queues.keys}
+
+    def load(self, key: str) -> ProfileLoad:
+        """Return how busy *key*'s instances are. Cheap: it is asked for requests that other nodes could serve too."""
+        load = ProfileLoad(queued=self._queues.length(key))
+        for i in self._instances.values():
+            if i.profile.key != key or i.stale:
+                continue
+            if i.state is State.READY:
+                load.ready += 1
+                load.busy += i.busy
+                load.slots += i.slots
+                load.unlimited = load.unlimited or not i.slots
+            elif i.state is State.SPAWNING:
+                load.loading += 1
+        return load
 
     def budget(self) -> Budget:
         used = total(i.footprint for i in self._instances.values())

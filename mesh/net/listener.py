@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import select
 import socket
 from collections.abc import Callable, Sequence
@@ -27,16 +28,27 @@ _ACCEPTS_PER_WAKE = 64  # then others on the loop have their turn
 _ACCEPT_PAUSE_S = 0.5  # when no file descriptor or memory is left
 #: An HTTP/2 preface is a request that HTTP/1.1 refuses in words, which is more than closing the connection says.
 _PLAIN_HTTP = {Protocol.HTTP1, Protocol.HTTP2}
+_FOR_CLIENTS = _PLAIN_HTTP | {Protocol.TLS}
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _FIRST_PEEK_S = 0.005  # between looks at a prefix that does not decide yet; doubles up to _LAST_PEEK_S
 _LAST_PEEK_S = 0.2
 _HAND_OVER_S = 0.1  # for what close finds on its way: a plain connection needs a turn or two of the loop
 
 _TLS_ONLY = b"This port speaks HTTPS only. Use https://, or set server_tls.allow_plain_http.\n"
-_TLS_ONLY_RESPONSE = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-    % (len(_TLS_ONLY), _TLS_ONLY)
+_LOCAL_ONLY = (
+    b'{"error": {"message": "this node serves clients of its own machine only, since nobody said otherwise: set'
+    b" listen_addr (0.0.0.0:8080) in its config.yaml, and auth.enabled unless everybody may use it"
+    b'", "type": "permission_error", "param": null, "code": null, "source": "mesh"}}\n'
 )
+
+
+def _closing_response(status: bytes, content_type: bytes, body: bytes) -> bytes:
+    head = b"HTTP/1.1 %b\r\nContent-Type: %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    return head % (status, content_type, len(body)) + body
+
+
+_TLS_ONLY_RESPONSE = _closing_response(b"400 Bad Request", b"text/plain", _TLS_ONLY)
+_LOCAL_ONLY_RESPONSE = _closing_response(b"403 Forbidden", b"application/json", _LOCAL_ONLY)
 
 
 class Listener:
@@ -52,7 +64,9 @@ class Listener:
         certificate: ServerCertificate | None = None,
         allow_plain_http: bool = False,
         noise: Callable[[], asyncio.Protocol] | None = None,
+        http_from_here_only: bool = False,
     ) -> None:
+        """*http_from_here_only* refuses clients of other machines, with or without TLS; nodes are let in."""
         self._host = host
         self._wanted_port = port
         self._http = http
@@ -60,6 +74,7 @@ class Listener:
         self._certificate = certificate
         self._allow_plain_http = allow_plain_http or certificate is None
         self._detect_timeout_s = detect_timeout_s
+        self._http_from_here_only = http_from_here_only
         self._sniffing: set[_Sniffing] = set()
         self._starting: set[asyncio.Task[None]] = set()  # connections whose transport is being made
         self._resume_timers: dict[socket.socket, asyncio.TimerHandle] = {}
@@ -112,6 +127,11 @@ class Listener:
         return f"{where}: {error.strerror or error}"
 
     @property
+    def host(self) -> str:
+        """The address as it was asked for."""
+        return self._host
+
+    @property
     def port(self) -> int:
         port: int = self.sockets[0].getsockname()[1]
         return port
@@ -160,12 +180,14 @@ class Listener:
         """*protocol* is None if the connection said nothing that we know, in time."""
         self._sniffing.discard(sniffing)
         sock = sniffing.sock
-        if protocol is Protocol.TLS and self._certificate is not None:
+        if self._http_from_here_only and protocol in _FOR_CLIENTS and not _from_here(sock):
+            _refuse(sock, _LOCAL_ONLY_RESPONSE)
+        elif protocol is Protocol.TLS and self._certificate is not None:
             self._hand_over(sock, self._http, self._certificate)
         elif protocol in _PLAIN_HTTP and self._allow_plain_http:
             self._hand_over(sock, self._http, None)
         elif protocol in _PLAIN_HTTP:
-            _refuse_plain_http(sock)
+            _refuse(sock, _TLS_ONLY_RESPONSE)
         elif protocol is Protocol.NOISE and self._noise is not None:
             self._hand_over(sock, self._noise, None)
         else:
@@ -297,10 +319,29 @@ def _ended(sock: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _refuse_plain_http(sock: socket.socket) -> None:
+def has_ipv6() -> bool:
+    """Whether this machine lets us listen on IPv6, and thereby on both."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+            sock.bind(("::", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _from_here(sock: socket.socket) -> bool:
+    """Whether the client runs on this machine."""
+    try:
+        peer, own = sock.getpeername()[0], sock.getsockname()[0]
+    except OSError:
+        return False
+    return bool(peer == own) or ipaddress.ip_address(peer.partition("%")[0].removeprefix("::ffff:")).is_loopback
+
+
+def _refuse(sock: socket.socket, response: bytes) -> None:
     """Say what is wrong. What was sent is read first: closing over unread bytes would reset the answer away."""
     with contextlib.suppress(OSError):
         sock.recv(65536)
-        sock.send(_TLS_ONLY_RESPONSE)
+        sock.send(response)
         sock.shutdown(socket.SHUT_WR)
     sock.close()

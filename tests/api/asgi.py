@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
+from mesh.core.node_state import PeerIdentity
 from mesh.tasks import spawn
 
 Headers = dict[str, str]
@@ -18,8 +19,16 @@ class Exchange:
     """One request in progress: ``async with Exchange(app, "GET", "/x") as exchange: await exchange.text_until("…")``"""
 
     def __init__(
-        self, app: ASGIApp, method: str, path: str, *, headers: Headers | None = None, body: bytes = b""
+        self,
+        app: ASGIApp,
+        method: str,
+        path: str,
+        *,
+        headers: Headers | None = None,
+        body: bytes = b"",
+        peer: PeerIdentity | None = None,
     ) -> None:
+        """*peer* is the node on whose link the request comes; None for a client's connection."""
         plain, _, query = path.partition("?")
         self._app = app
         self._scope = {
@@ -35,7 +44,7 @@ class Exchange:
             "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
             "client": ("10.1.2.3", 5),
             "server": ("node", 8080),
-            "state": {},
+            "state": {"mesh_peer": peer},
         }
         self._incoming: asyncio.Queue[Message] = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
@@ -97,12 +106,13 @@ async def request(
     headers: Headers | None = None,
     body: bytes | None = None,
     json_body: Any = ...,
+    peer: PeerIdentity | None = None,
 ) -> Exchange:
     """Send a whole request and return the whole answer."""
     headers = dict(headers or {})
     if json_body is not ...:
         headers.setdefault("content-type", "application/json")
         body = json.dumps(json_body).encode()
-    async with Exchange(app, method, path, headers=headers, body=body or b"") as exchange:
+    async with Exchange(app, method, path, headers=headers, body=body or b"", peer=peer) as exchange:
         await exchange.finished()
     return exchange

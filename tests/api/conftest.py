@@ -15,6 +15,6 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     module = item.nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
-    if module in _ON_BOTH_LOOPS:
+    if module in _ON_BOTH_LOOPS or module.startswith("test_forwarding"):
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}

@@ -418,7 +418,7 @@ async def test_leaving_while_connecting() -> None:
 
 
 async def test_leaving_between_a_crash_and_the_second_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.api.exchange.CRASH_NOTICE_S", 0.05)
+    monkeypatch.setattr("mesh.api.delivery.CRASH_NOTICE_S", 0.05)
     async with ScriptedUpstream(die) as upstream, loopback(upstream) as node:
         client = await node.client()
         client.send(post(ASK))

@@ -15,8 +15,10 @@ from mesh.api.exposition import render
 from mesh.core.resources import Resources
 from mesh.metrics import NODE_COUNTERS, Gauges, Metrics
 from tests.api.asgi import request
+from tests.api.mesh import FakeMesh
 from tests.api.node import Node
 from tests.fakes_supervisor import FakeInstance
+from tests.members import member, profile
 
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(\{(?:[a-z_]+="(?:[^"\\\n]|\\[\\"n])*",?)*\})? (\S+)')
 SUFFIXES = {
@@ -86,6 +88,59 @@ async def test_metrics_pass_promtools_checks() -> None:
     answer = await request(busy_node().app, "GET", "/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     check_like_promtool(answer.body.decode())
+
+
+def meshed_node() -> Node:
+    node = busy_node()
+    odd = 'odd "na\\me"'
+    mesh = FakeMesh(
+        node,
+        member(1, profile("q:default", ready=1)),
+        member(2, node_id=odd, status="dead"),
+        member(3, node_id="twice"),
+        member(4, node_id="twice", status="dead"),
+    )
+    peer = mesh.peers.named("n1")
+    assert peer is not None
+    peer.measured(0.25)
+    peer.failed(peer.begin("q:default"))
+    peer.begin("q:default")
+    peer.corrected("q:default", "queue_full")
+    mesh.clock.time += 7
+    return node
+
+
+async def test_a_node_in_a_mesh_passes_too() -> None:
+    """trap 96: also where a name has two keys, which would be the same series twice."""
+    check_like_promtool((await request(meshed_node().app, "GET", "/metrics")).body.decode())
+
+
+async def test_a_mesh_without_others_passes_too() -> None:
+    node = Node()
+    FakeMesh(node)
+    check_like_promtool((await request(node.app, "GET", "/metrics")).body.decode())
+
+
+async def test_peers_are_told_of_by_name() -> None:
+    found = await samples(meshed_node())
+
+    def value(name: str, peer: str = "n1", **labels: str) -> float | None:
+        return found.get(("llama_mesh_peer_" + name, frozenset({"peer": peer, **labels}.items())))
+
+    assert [value("up", peer) for peer in ("n1", 'odd "na\\me"', "twice", "node-a")] == [1, 0, 1, None]
+    assert (value("record_age_seconds"), value("round_trip_seconds"), value("requests")) == (7, 0.25, 2)
+    assert value("round_trip_seconds", "twice") is None, "not measured"
+    assert [value("circuit", phase=phase) for phase in ("closed", "open", "half_open")] == [1, 0, 0]
+    assert (value("forwards_total"), value("forward_failures_total"), value("forward_refusals_total")) == (2, 1, 1)
+
+
+async def test_a_node_in_no_mesh_has_no_peers_and_says_whether_it_is_drained() -> None:
+    node = Node()
+    found = await samples(node)
+    assert not any(name.startswith("llama_mesh_peer_") for name, _ in found)
+    assert found["llama_mesh_drained", frozenset()] == 0
+    node.ctx.drained = True
+    assert (await samples(node))["llama_mesh_drained", frozenset()] == 1
 
 
 async def test_an_idle_node_passes_too() -> None:

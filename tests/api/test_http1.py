@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.api.http1 import RequestHead, parse_request, parse_response, read_known
+from mesh.api.http1 import RequestHead, parse_request, parse_response
+from mesh.api.known_heads import read_known, take_id, without_id
 from mesh.api.responses import ProtocolError
 
 HOST = b"Host: n\r\n"
@@ -177,3 +178,90 @@ def test_any_response_bytes_parse_or_raise_ours(raw: bytes) -> None:
     for data in (raw, b"HTTP/1.1 200 OK\r\n" + raw + b"\r\n\r\n"):
         with suppress(ProtocolError):
             parse_response(data)
+
+
+# --- what nodes tell each other
+
+
+@pytest.mark.parametrize(
+    ("lines", "hops", "model", "wait_s"),
+    [
+        (b"X-Llama-Mesh-Hops: 0\r\n", 0, None, None),
+        (b"x-llama-mesh-hops:  3 \r\nX-Llama-Mesh-Model: a/b c%C3%B6:default\r\n", 3, "a/b cö:default", None),
+        (b"X-Llama-Mesh-Hops: 1\r\nX-Llama-Mesh-Wait-Ms: 1500\r\n", 1, None, 1.5),
+        (b"X-Llama-Mesh-Hops: 1\r\nX-Llama-Mesh-Wait-Ms: 0\r\n", 1, None, 0.0),
+        (b"X-Llama-Mesh-Hops: 1\r\nX-Llama-Mesh-Wait-Ms: -1\r\n", 1, None, None),
+        (b"X-Llama-Mesh-Hops: 1\r\nX-Llama-Mesh-Wait-Ms: 1e3\r\n", 1, None, None),
+        (b"X-Llama-Mesh-Hops: 1\r\nX-Llama-Mesh-Wait-Ms: " + b"9" * 13 + b"\r\n", 1, None, None),
+    ],
+)
+def test_what_a_node_says_of_a_request(lines: bytes, hops: int, model: str | None, wait_s: float | None) -> None:
+    head = _parse(lines)
+    assert head.mesh is not None
+    assert (head.mesh.hops, head.mesh.model, head.mesh.wait_s) == (hops, model, wait_s)
+    assert b"mesh" not in head.forward.lower()  # it is for this hop only
+
+
+def test_a_request_that_no_node_passed_on() -> None:
+    head = _parse(b"X-Llama-Mesh-Model: other:default\r\nX-Llama-Mesh-Anything: x\r\n")
+    assert head.mesh is None
+    assert head.forward == b"POST / HTTP/1.1\r\n"
+
+
+@pytest.mark.parametrize(
+    "hops", [b"", b"x", b"-1", b"+1", b"1.0", b"1, 1", b"12345", b"\xb2", b"1\r\nX-Llama-Mesh-Hops: 1"]
+)
+def test_there_is_one_hop_count(hops: bytes) -> None:
+    """trap 60"""
+    with pytest.raises(ProtocolError) as error:
+        _parse(b"X-Llama-Mesh-Hops: %b\r\n" % hops)
+    assert error.value.status == 400
+
+
+@given(st.binary(max_size=30), st.binary(max_size=30), st.binary(max_size=30))
+def test_any_bytes_in_these_fields_parse_or_raise_ours(hops: bytes, model: bytes, wait: bytes) -> None:
+    lines = b"X-Llama-Mesh-Hops: %b\r\nX-Llama-Mesh-Model: %b\r\nX-Llama-Mesh-Wait-Ms: %b\r\n" % (hops, model, wait)
+    with suppress(ProtocolError):
+        _parse(lines)
+
+
+def test_what_a_peers_answer_says() -> None:
+    """A peer's marks are kept, an instance's are not; only a peer can refuse."""
+    raw = (
+        b"HTTP/1.1 503 S\r\nContent-Length: 3\r\nX-Llama-Mesh-Node: n2\r\nX-Llama-Mesh-Via: n3\r\n"
+        b"X-Llama-Mesh-Error: queue_full\r\nX-Request-Id: a\r\n\r\n"
+    )
+    of_peer = parse_response(raw, of_peer=True)
+    assert of_peer.refusal == "queue_full"
+    assert of_peer.forward == b"HTTP/1.1 503 S\r\nX-Llama-Mesh-Node: n2\r\nX-Llama-Mesh-Via: n3\r\n"
+    of_instance = parse_response(raw)
+    assert of_instance.refusal is None
+    assert of_instance.forward == b"HTTP/1.1 503 S\r\n"
+    assert parse_response(raw.replace(b"Error", b"Other"), of_peer=True).refusal is None
+
+
+def test_a_known_head_of_a_peer_with_another_id() -> None:
+    raw = b"POST / HTTP/1.1\r\nHost: n\r\nContent-Length: 12\r\nX-Request-Id: abc-1\r\n\r\n"
+    head = parse_request(raw, b"x-api-key")
+    without_id(head)
+    assert head.id_last
+    for request_id, length in ((b"abc-1", b"12"), (b"z", b"7"), (b"y" * 128, b"12345")):
+        other = raw.replace(b"12\r", length + b"\r").replace(b"abc-1", request_id)
+        end, known_length = read_known(head, other + b"body")
+        assert known_length == int(length)
+        assert take_id(head, other + b"body", end) == len(other)
+        assert head.request_id == request_id
+    for bad in (b"", b"y" * 129, b"a b", b"a\r\nX: 1", b"\xff"):
+        other = raw.replace(b"abc-1", bad)
+        assert take_id(head, other, read_known(head, other)[0]) == 0, bad
+    cut = raw[:-2]
+    assert take_id(head, cut, read_known(head, cut)[0]) == 0
+
+
+def test_a_head_whose_id_is_not_last_is_known_as_a_whole() -> None:
+    raw = b"POST / HTTP/1.1\r\nHost: n\r\nContent-Length: 12\r\nX-Request-Id: a\r\nX: 1\r\n\r\n"
+    for text in (raw, raw.replace(b"X-Request-Id: a\r\n", b""), raw.replace(b"Content-Length: 12\r\n", b"")):
+        head = parse_request(text, b"x-api-key")
+        without_id(head)
+        assert not head.id_last
+        assert read_known(head, text)[0] == len(text)

@@ -11,8 +11,10 @@ from mesh.api import models
 from mesh.core.lifecycle import State
 from mesh.core.load_log import KEYS
 from tests.api.asgi import request
+from tests.api.mesh import FakeMesh
 from tests.api.node import SLASHED, SMOL, STARTED_AT, Node
 from tests.fakes_supervisor import FakeInstance, FakeRing
+from tests.members import Member, member, profile
 
 LOAD_LOG = ("print_info: arch             = llama", "srv  load: initializing slots, n_slots = 4")
 
@@ -47,6 +49,7 @@ async def test_an_entry_has_llameshs_keys() -> None:
         "estimated_tokens_per_second": 0.0,
         "parsed_model_params": None,
         "aliases": ["gpt-4o", "Tiny"],
+        "nodes": ["node-a"],
     }
     assert (second["id"], second["root"]) == ("org/Big Model:long", "org/Big Model")
 
@@ -157,3 +160,66 @@ async def test_a_model_that_is_never_served_here_is_still_listed() -> None:
 def test_find_profile_prefers_the_listed_id_over_an_alias() -> None:
     """Aliases may not collide (the loader refuses it), so this only matters for the case of letters."""
     assert models.find_profile(Node().ctx, "Smol") is SMOL
+
+
+# --- in a mesh
+
+BIG = profile("big:long", id="Big:Long", aliases=("b",), description="long texts", decode_tps=35.0)
+
+
+def mesh_of(*members: Member) -> Node:
+    node = Node()
+    FakeMesh(node, *members)
+    return node
+
+
+async def test_what_only_others_have_is_listed_after_the_own_models() -> None:
+    node = mesh_of(member(2, BIG, profile("a:default")), member(1, BIG, profile(SMOL.key)))
+    data = await listing(node)
+    assert [entry["id"] for entry in data] == ["Smol", "org/Big Model:long", "Big:Long", "a"]
+    assert [entry["metadata"]["nodes"] for entry in data] == [["node-a", "n1"], ["node-a"], ["n1", "n2"], ["n2"]]
+    own, _, big, _ = data
+    assert big.keys() == own.keys()
+    assert big["metadata"].keys() == own["metadata"].keys()
+    assert (big["owned_by"], big["root"], big["created"]) == ("n1", "Big", int(STARTED_AT))
+    assert (big["metadata"]["model"], big["metadata"]["profile_id"]) == ("Big", "long")
+    assert big["metadata"]["profile_description"] == "long texts"
+    assert (big["metadata"]["aliases"], big["metadata"]["estimated_tokens_per_second"]) == (["b"], 35.0)
+
+
+async def test_the_union_is_the_same_whoever_was_met_first() -> None:
+    """trap 80"""
+    members = [
+        member(n, profile("x:default", description=f"by {n}"), profile(f"y{n % 2}:default"), BIG) for n in (1, 2, 3)
+    ]
+    assert await listing(mesh_of(*members)) == await listing(mesh_of(*members[::-1]))
+
+
+async def test_the_dead_offer_nothing() -> None:
+    node = mesh_of(member(1, BIG, profile(SMOL.key), status="dead"))
+    assert [entry["id"] for entry in await listing(node)] == ["Smol", "org/Big Model:long"]
+    assert (await listing(node))[0]["metadata"]["nodes"] == ["node-a"]
+    assert (await request(node.app, "GET", "/v1/models/big:long")).status == 404
+
+
+@pytest.mark.parametrize("asked", ["Big:Long", "big:long", "B"])
+async def test_retrieve_finds_what_others_have(asked: str) -> None:
+    node = mesh_of(member(1, BIG))
+    answer = await request(node.app, "GET", f"/v1/models/{asked}")
+    assert answer.status == 200
+    assert answer.json == (await listing(node))[-1]
+
+
+async def test_nodes_may_write_an_id_differently() -> None:
+    """The key is the identity, its letters are lower-case; the listing and the retrieval agree on one of them."""
+    node = mesh_of(member(1, profile("qwen:default", id="Qwen")), member(2, profile("qwen:default", id="QWEN")))
+    entry = (await listing(node))[-1]
+    assert (entry["id"], entry["metadata"]["nodes"]) == ("Qwen", ["n1", "n2"])
+    for asked in ("Qwen", "QWEN", "qwen:default"):
+        assert (await request(node.app, "GET", f"/v1/models/{asked}")).json == entry
+
+
+async def test_an_own_model_wins_over_another_nodes_alias() -> None:
+    node = mesh_of(member(1, profile("other:default", aliases=("Smol", "tiny"))))
+    for asked in ("Smol", "tiny"):
+        assert (await request(node.app, "GET", f"/v1/models/{asked}")).json["owned_by"] == "node-a"

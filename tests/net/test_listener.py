@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import select
 import socket
 import ssl
@@ -15,6 +16,7 @@ from typing import Any, cast
 import pytest
 
 from mesh.errors import ConfigError
+from mesh.net import listener as listener_module
 from mesh.net.listener import Listener
 from mesh.net.tls import ServerCertificate
 from tests.net.certificates import write_certificate
@@ -301,3 +303,122 @@ async def test_an_empty_line_before_the_first_request() -> None:
     async with listening() as listener, connected(listener) as (reader, writer):
         writer.write(b"\r\n" + REQUEST)
         assert await reader.readexactly(len(REQUEST) + 2) == b"\r\n" + REQUEST
+
+
+# --- clients of this machine only
+
+NOISE = b"\x00\x30" + bytes(48)
+
+
+def _own_address() -> str | None:
+    """Return an address of this machine that is not loopback; nothing is sent to find it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))
+        address: str = probe.getsockname()[0]
+        return None if address.startswith(("127.", "0.")) else address
+    return None
+
+
+@pytest.fixture
+def _from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second machine is at hand: every client is taken for one of it."""
+    monkeypatch.setattr(listener_module, "_from_here", lambda sock: False)
+
+
+@pytest.mark.usefixtures("_from_elsewhere")
+@pytest.mark.parametrize(
+    "first", [REQUEST, b"POST /v1/chat/completions HTTP/1.1\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+)
+async def test_clients_of_other_machines_are_told_why_they_are_refused(first: bytes) -> None:
+    """Nobody chose to serve them: the node listens for other nodes only."""
+    async with (
+        listening("0.0.0.0", http_from_here_only=True, noise=Echo) as listener,
+        connected(listener) as (reader, writer),
+    ):
+        writer.write(first)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 403 Forbidden\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+    error = json.loads(body)["error"]
+    assert error["type"] == "permission_error"
+    assert "listen_addr" in error["message"]
+
+
+@pytest.mark.usefixtures("_from_elsewhere")
+async def test_nodes_of_other_machines_are_let_in() -> None:
+    async with (
+        listening("0.0.0.0", http_from_here_only=True, noise=Echo) as listener,
+        connected(listener) as (reader, writer),
+    ):
+        writer.write(NOISE)
+        assert await reader.readexactly(len(NOISE)) == NOISE
+
+
+@pytest.mark.usefixtures("_from_elsewhere")
+async def test_tls_does_not_make_a_client_of_another_machine_welcome(tmp_path: Path) -> None:
+    """It is refused before the handshake: there is no certificate for it to see."""
+    certificate = ServerCertificate(*write_certificate(tmp_path))
+    context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+    async with listening(http_from_here_only=True, certificate=certificate) as listener:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.open_connection("127.0.0.1", listener.port, ssl=context, server_hostname="localhost")
+
+
+@pytest.mark.usefixtures("_from_elsewhere")
+async def test_without_the_switch_everybody_is_served() -> None:
+    async with listening() as listener, connected(listener) as (reader, writer):
+        writer.write(REQUEST)
+        assert await reader.readexactly(len(REQUEST)) == REQUEST
+
+
+@pytest.mark.parametrize(
+    ("host", "target"), [("0.0.0.0", "127.0.0.1"), ("::", "127.0.0.1"), ("::", "::1"), ("0.0.0.0", "own")]
+)
+async def test_clients_of_this_machine_are_served_whatever_address_they_use(host: str, target: str) -> None:
+    """trap 68: [::] sees IPv4 clients as ::ffff:127.0.0.1."""
+    address = _own_address() if target == "own" else target
+    if address is None:
+        pytest.skip("this machine has no address but loopback")
+    async with (
+        listening(host, http_from_here_only=True, noise=Echo) as listener,
+        connected(listener, host=address) as (reader, writer),
+    ):
+        writer.write(REQUEST)
+        assert await reader.readexactly(len(REQUEST)) == REQUEST
+
+
+class _Between:
+    """A connection between two addresses."""
+
+    def __init__(self, peer: str | None, own: str) -> None:
+        self._peer, self._own = peer, own
+
+    def getpeername(self) -> tuple[object, ...]:
+        if self._peer is None:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return self._peer, 40000
+
+    def getsockname(self) -> tuple[object, ...]:
+        return self._own, 8080
+
+
+@pytest.mark.parametrize(
+    ("peer", "own", "here"),
+    [
+        ("127.0.0.1", "127.0.0.1", True),
+        ("127.8.8.8", "127.0.0.1", True),
+        ("::1", "::1", True),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", True),
+        ("::ffff:127.0.0.2", "::ffff:127.0.0.1", True),
+        ("192.0.2.7", "192.0.2.7", True),
+        ("fe80::1%eth0", "fe80::1%eth0", True),
+        ("192.0.2.7", "192.0.2.8", False),
+        ("::ffff:192.0.2.7", "::ffff:192.0.2.8", False),
+        ("2001:db8::1", "2001:db8::2", False),
+        ("fe80::1%eth0", "fe80::2%eth0", False),
+        ("10.0.0.1", "127.0.0.1", False),
+        (None, "127.0.0.1", False),
+    ],
+)
+def test_who_is_on_this_machine(peer: str | None, own: str, here: bool) -> None:
+    assert listener_module._from_here(cast(Any, _Between(peer, own))) is here

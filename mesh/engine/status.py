@@ -1,0 +1,53 @@
+"""Which engine there is, for whoever asks often."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from mesh.engine.locate import EngineBinary
+from mesh.errors import EngineMissingError
+
+#: How long what the engine locator said is believed; health endpoints ask often.
+ENGINE_TTL_S: Final = 1.0
+
+
+class EngineStatus:
+    """Answers "which engine" and "is there one" from memory, looking again at most once a second."""
+
+    def __init__(self, find: Callable[[], EngineBinary]) -> None:
+        self._find = find
+        self._looked_at = float("-inf")
+        self._version: str | None = None
+        self._source: str | None = None
+        self._missing: EngineMissingError | None = None
+
+    def version(self) -> str | None:
+        self._look()
+        return self._version
+
+    def source(self) -> str | None:
+        """Return where the engine is from: "configured", "embedded" or "path"."""
+        self._look()
+        return self._source
+
+    def problem(self) -> str | None:
+        """Return why no instance can be started, or None. The short words are llamesh's."""
+        return "Binary missing" if self.missing() else None
+
+    def missing(self) -> EngineMissingError | None:
+        """Return what to do about it, if there is no engine."""
+        self._look()
+        return self._missing
+
+    def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_at < ENGINE_TTL_S:
+            return
+        self._looked_at = now
+        try:
+            engine = self._find()
+            self._version, self._source, self._missing = engine.version, engine.source, None
+        except EngineMissingError as error:
+            self._version, self._source, self._missing = None, None, error
