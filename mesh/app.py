@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import IO
@@ -32,18 +30,20 @@ from mesh.core.devices import Devices
 from mesh.core.gpu_choice import named
 from mesh.core.resources import RAM
 from mesh.engine.footprints import FootprintBook
-from mesh.engine.locate import EngineBinary
 from mesh.engine.runner import Launcher
+from mesh.engine.status import EngineStatus
 from mesh.engine.supervisor import Limits, Supervisor
 from mesh.engine.telemetry import Telemetry
-from mesh.errors import ConfigError, EngineMissingError
+from mesh.errors import ConfigError
 from mesh.host.devices import DeviceReader
 from mesh.host.memory import ram_available_mib, ram_total_mib
 from mesh.host.ports import PortAllocator
 from mesh.logs import Log, Logging, configure
+from mesh.member import MeshMember
 from mesh.metrics import Metrics
-from mesh.net.listener import Listener
+from mesh.net.listener import Listener, has_ipv6
 from mesh.net.tls import ServerCertificate
+from mesh.signals import Signals
 from mesh.tasks import forever, spawn, wall_time
 
 log = Log(__name__)
@@ -51,11 +51,8 @@ log = Log(__name__)
 #: How long the start waits for the first look at the machine's memory.
 FIRST_SAMPLE_S = 5.0
 SAVE_METRICS_EVERY_S = 10.0
-#: How long what the engine locator said is believed; health endpoints ask often.
-ENGINE_TTL_S = 1.0
 #: After the last answer: how long clients may take to read it.
 LAST_BYTES_S = 5.0
-EXIT_KILLED = 130
 
 
 def run(loaded: Loaded) -> int:
@@ -73,36 +70,10 @@ async def _serve(loaded: Loaded, logging: Logging) -> int:
         node = Node(loaded, logging)
         stack.callback(node.unlock)
         await node.start()
-        stop = _Signals(node.kill)
+        stop = Signals(node.kill)
         await stop.first.wait()
         await node.stop()
     return 0
-
-
-class _Signals:
-    """First SIGTERM, SIGINT or SIGHUP: ``first`` is set. Second: *kill*, and the process ends right there.
-
-    A hang-up is never the second, for a terminal that closes may send several; under nohup it is not even the first.
-    """
-
-    def __init__(self, kill: Callable[[], None]) -> None:
-        self.first = asyncio.Event()
-        self._kill = kill
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-                loop.add_signal_handler(number, self._received, number)
-
-    def _received(self, number: signal.Signals) -> None:
-        if not self.first.is_set():
-            log.info("draining; a second signal stops at once", signal=number.name)
-            self.first.set()
-            return
-        if number is signal.SIGHUP:
-            return
-        log.warning("second signal: killing the children, stopping at once", signal=number.name)
-        self._kill()
-        os._exit(EXIT_KILLED)
 
 
 class Node:
@@ -152,13 +123,16 @@ class Node:
         )
         self.metrics.gauges = self.context.gauges
         self.plane = DataPlane(self.context, build_app(self.context))
-        self.listener = listener(settings, self.plane)
+        self._member = MeshMember(self.context, self.plane) if settings.cluster.enabled else None
+        self.listener = listener(settings, self.plane, self._member)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listen and serve. Raise ``ConfigError`` if the port is taken or a certificate cannot be used."""
         await self._look_at_the_machine()
         await self.listener.start()
+        if self._member is not None:
+            await self._member.start(self.listener.host, self.listener.port)
         self._tasks.append(spawn(forever(self._save, every_s=SAVE_METRICS_EVERY_S, name="metrics"), "metrics"))
         self._tasks.append(spawn(watch_cookbook(self._cookbook_path, self._reload), "watch cookbook"))
         host, _ = self.settings.listen
@@ -177,10 +151,14 @@ class Node:
         self.listener.close_listening()
         for task in self._tasks:  # but not telemetry: what is queued may still wait for memory to return
             task.cancel()
+        if self._member is not None:
+            await self._member.drain()
         self.plane.begin_drain()
         await self.supervisor.close(self.settings.shutdown_grace_period_seconds, lambda: self.plane.busy)
         await self.listener.close()
         await self.plane.close(LAST_BYTES_S)
+        if self._member is not None:
+            await self._member.close()
         await self._launcher.close()
         self._sampling.cancel()
         self._telemetry.close()
@@ -257,9 +235,11 @@ def _unplaced(warnings: Iterable[Diagnostic]) -> frozenset[str]:
     return frozenset(f"{warning.path} {warning.message}".strip() for warning in warnings)
 
 
-def listener(settings: Settings, plane: DataPlane) -> Listener:
+def listener(settings: Settings, plane: DataPlane, member: MeshMember | None) -> Listener:
     """Return the node's listener; raise ``ConfigError`` if a certificate cannot be used."""
     tls, (host, port) = settings.server_tls, settings.listen
+    if settings.listens_for_nodes:
+        host = "::" if has_ipv6() else "0.0.0.0"
     certificate = None
     if tls.enabled:
         assert tls.cert_path is not None, "the loader requires both paths"
@@ -272,47 +252,9 @@ def listener(settings: Settings, plane: DataPlane) -> Listener:
         detect_timeout_s=settings.http.protocol_detect_timeout_ms / 1000,
         certificate=certificate,
         allow_plain_http=tls.allow_plain_http,
+        noise=None if member is None else member.accept,
+        http_from_here_only=settings.listens_for_nodes,
     )
-
-
-class EngineStatus:
-    """Answers "which engine" and "is there one" from memory, looking again at most once a second."""
-
-    def __init__(self, find: Callable[[], EngineBinary]) -> None:
-        self._find = find
-        self._looked_at = float("-inf")
-        self._version: str | None = None
-        self._source: str | None = None
-        self._missing: EngineMissingError | None = None
-
-    def version(self) -> str | None:
-        self._look()
-        return self._version
-
-    def source(self) -> str | None:
-        """Return where the engine is from: "configured", "embedded" or "path"."""
-        self._look()
-        return self._source
-
-    def problem(self) -> str | None:
-        """Return why no instance can be started, or None. The short words are llamesh's."""
-        return "Binary missing" if self.missing() else None
-
-    def missing(self) -> EngineMissingError | None:
-        """Return what to do about it, if there is no engine."""
-        self._look()
-        return self._missing
-
-    def _look(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if now - self._looked_at < ENGINE_TTL_S:
-            return
-        self._looked_at = now
-        try:
-            engine = self._find()
-            self._version, self._source, self._missing = engine.version, engine.source, None
-        except EngineMissingError as error:
-            self._version, self._source, self._missing = None, None, error
 
 
 def gpu_names(settings: Settings, profiles: Iterable[Profile]) -> Iterator[tuple[str, str]]:

@@ -49,14 +49,13 @@ def _without_effect(settings: Settings) -> Iterator[Problem]:
     """Yield what llamesh's files may ask for and this version does not do yet."""
     build, cluster = settings.llama_cpp, settings.cluster
     for path, asked, missing in (
-        (("cluster", "enabled"), cluster.enabled, "this node joins no others"),
         (("cluster", "peers"), cluster.peers and not cluster.enabled, "this node joins no others"),
         (("llama_cpp", "repo_url"), build.repo_url, "nothing is built; install the engine, or set binary_path"),
         (("llama_cpp", "auto_update_interval_seconds"), build.auto_update_interval_seconds, "nothing is built"),
         (("wedge_detector", "enabled"), settings.wedge_detector.enabled, "stuck instances are not looked for"),
     ):
         if asked:
-            yield Problem(path, f"has no effect in this version: {missing}")
+            yield Problem(path, f"has no effect: {missing}")
 
 
 def _tls(settings: Settings) -> Iterator[Problem]:
@@ -97,6 +96,9 @@ def _zeros(path: tuple[str, ...], section: object, keys: tuple[str, ...]) -> Ite
 
 
 def _cluster(cluster: Cluster) -> Iterator[Problem]:
+    if not cluster.noise.enabled:
+        message = "is false, but nodes speak over Noise only; remove the line, or set cluster.enabled to false"
+        yield Problem(("cluster", "noise", "enabled"), message)
     yield from _zeros(("cluster",), cluster, ("gossip_interval_seconds", "max_concurrent_gossip"))
     if cluster.circuit_breaker.enabled:
         yield from _breaker(cluster.circuit_breaker)

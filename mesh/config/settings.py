@@ -17,6 +17,8 @@ from mesh.config.address import split_address
 from mesh.config.fields import HeaderKey, HeaderName, HeaderValue, Line, Port, Section, StrictLine, Text, not_zero
 from mesh.config.units import Budget, Bytes, Count, Milliseconds, Seconds
 
+DEFAULT_PORT = 8080
+_SERVICE_NAME = re.compile(r"_(?=.{1,15}\.)[a-z0-9]+(-[a-z0-9]+)*\._tcp\.local\.?", re.IGNORECASE)
 _GPU = re.compile(r"(gpu)?(?P<number>[0-9]{1,4})|(?P<kind>gpu|mig)-(?P<uuid>[0-9a-z/-]+)", re.IGNORECASE)
 
 
@@ -28,6 +30,23 @@ def _host_name() -> str:
 def _listen_address(text: str) -> str:
     split_address(text)
     return text.strip()
+
+
+def _peer_address(text: str) -> str:
+    """Accept host:port, a host alone, which means the usual port, or a URL, as llamesh's files have it."""
+    port = DEFAULT_PORT
+    if found := re.fullmatch(r"(https?)://([^/\s]+)/*", text, re.IGNORECASE):
+        port, text = (443 if found[1].lower() == "https" else 80), found[2]
+    address = text if re.search(r":[0-9]+$", text) else f"{text}:{port}"
+    if split_address(address)[1] == 0:
+        raise ValueError("port 0 cannot be dialled")
+    return address
+
+
+def _service_name(text: str) -> str:
+    if not _SERVICE_NAME.fullmatch(text):
+        raise ValueError("is not an mDNS service type; expected one like _llama-mesh._tcp.local")
+    return text
 
 
 def _gpu_names(limits: object) -> object:
@@ -124,7 +143,9 @@ class LlamaCpp(Section):
 
 class Discovery(Section):
     mdns: bool = _key(True, "Find the nodes of the local network by mDNS")
-    service_name: Line = _key("_llama-mesh._tcp.local", "mDNS service type")
+    service_name: Annotated[Line, AfterValidator(_service_name)] = _key(
+        "_llama-mesh._tcp.local", "mDNS service type; another one keeps two clusters of one network apart"
+    )
 
 
 class Noise(Section):
@@ -132,7 +153,9 @@ class Noise(Section):
     tofu: bool = _key(True, "Trust a node's key on first use, then only that key")
     config_dir: Text = _key("~/.llama-mesh", "Directory of this node's key and of known_peers")
     private_key_path: Text | None = _key(None, "This node's key; null = <config_dir>/node.key")
-    previous_key_path: Text | None = _key(None, "Accepted for llamesh's files; not used")
+    previous_key_path: Text | None = _key(
+        None, "The key that this one replaced, so that others follow; null = <private_key_path>.previous, if it exists"
+    )
     known_peers_path: Text | None = _key(None, "Keys seen so far; null = <config_dir>/known_peers")
     allowed_keys: tuple[StrictLine, ...] = _key((), "Public keys that may join; empty = any that tofu accepts")
     session_ttl_seconds: Seconds = _key(3600.0, "Accepted for llamesh's files; not used")
@@ -150,8 +173,10 @@ class CircuitBreaker(Section):
 class Cluster(Section):
     """Other nodes of the mesh."""
 
-    enabled: bool = _key(False, "Join other nodes")
-    peers: tuple[Line, ...] = _key((), "Nodes to join by address, host:port")
+    enabled: bool = _key(False, "Join other nodes; all need the same token: llama-mesh token, or CLUSTER_TOKEN")
+    peers: tuple[Annotated[Line, AfterValidator(_peer_address)], ...] = _key(
+        (), "Nodes to join by address, host:port, beside those that are found; names are resolved each time"
+    )
     gossip_interval_seconds: Seconds = _key(5.0, "Time between exchanges of state")
     max_concurrent_gossip: Count = _key(16, "Exchanges at once")
     version_mismatch_action: Literal["warn", "reject_major", "reject_any"] = _key(
@@ -244,7 +269,9 @@ class Settings(Section, BaseSettings):
 
     node_id: HeaderValue = Field(default_factory=_host_name, description="Name of this node; null = the host's name")
     listen_addr: Annotated[Text, AfterValidator(_listen_address)] = _key(
-        "127.0.0.1:8080", "Address and port; 0.0.0.0:8080 or [::]:8080 for all interfaces; port 0 = any free one"
+        "127.0.0.1:8080",
+        "Address and port; 0.0.0.0:8080 or [::]:8080 for all interfaces; port 0 = any free one. As it is here, a node"
+        " in a cluster listens to other nodes on all interfaces, and to clients of this machine only",
     )
     public_url: Annotated[Line, AfterValidator(_http_url)] | None = _key(None, "URL at which others reach this node")
     max_vram_mb: Budget | None = _key(
@@ -280,6 +307,15 @@ class Settings(Section, BaseSettings):
     def listen(self) -> tuple[str, int]:
         """Host (IPv6 without brackets) and port of ``listen_addr``."""
         return split_address(self.listen_addr)
+
+    @property
+    def listens_for_nodes(self) -> bool:
+        """Whether nobody chose where to listen, and other nodes must get through all the same: on every interface.
+
+        Clients of other machines must not, since nobody decided that they may: they are refused.
+        """
+        default = type(self).model_fields["listen_addr"].default  # a copied example means the same as no file
+        return self.cluster.enabled and self.listen_addr == default
 
     @classmethod
     def settings_customise_sources(

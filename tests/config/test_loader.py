@@ -217,8 +217,9 @@ def test_a_default_model_that_is_not_there_is_warned_of(files: Files) -> None:
     (warning,) = files.warnings("max_hops: 1\ndefault_model: mm", COOKBOOK)
     assert warning.startswith("config.yaml:2: default_model: 'mm' is not in the cookbook; did you mean 'm'?")
     assert files.warnings("default_model: M", COOKBOOK) == []
-    (warning,) = files.warnings("default_model: far-away\ncluster: {enabled: true}", COOKBOOK)
-    assert "cluster.enabled: has no effect" in warning
+    assert (
+        files.warnings("default_model: far-away\ncluster: {enabled: true}", COOKBOOK) == []
+    )  # another node may have it
 
 
 def test_loaded_carries_what_was_read(files: Files) -> None:

@@ -54,10 +54,56 @@ def test_a_llamesh_file_works(files: Files) -> None:
     assert settings.llama_cpp_ports.numbers() == (9005, 9001, 9000, 9100, 9101, 9102)
     assert settings.llama_cpp.repo_url == "https://github.com/ggml-org/llama.cpp"
     assert settings.cluster.noise.tofu
+    assert settings.cluster.peers == ("b:8080",)
 
 
 def test_a_mesh_needs_one_line(files: Files) -> None:
-    assert files.load("cluster: {enabled: true}").settings.cluster.enabled
+    loaded = files.load("cluster: {enabled: true}")
+    assert loaded.settings.cluster.enabled
+    assert loaded.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("gpu1", "gpu1:8080"),
+        ("gpu1.example.org:9000", "gpu1.example.org:9000"),
+        ("192.0.2.1", "192.0.2.1:8080"),
+        ("'[2001:db8::1]'", "[2001:db8::1]:8080"),
+        ("'[2001:db8::1]:9000'", "[2001:db8::1]:9000"),
+        ("http://gpu1:8080/", "gpu1:8080"),  # as in llamesh's files
+        ("HTTPS://gpu1", "gpu1:443"),
+        ("'http://[2001:db8::1]'", "[2001:db8::1]:80"),
+    ],
+)
+def test_where_other_nodes_are(files: Files, written: str, meant: str) -> None:
+    """trap 68"""
+    settings = files.load(f"cluster: {{enabled: true, peers: [{written}]}}").settings
+    assert settings.cluster.peers == (meant,)
+
+
+@pytest.mark.parametrize(
+    ("config", "listens"),
+    [
+        ("{}", False),
+        ("cluster: {enabled: true}", True),
+        ("cluster: {enabled: true}\nlisten_addr: 127.0.0.1:8080", True),  # a copied example means the same as no file
+        ("cluster: {enabled: true}\nlisten_addr: 127.0.0.1:8081", False),
+        ("cluster: {enabled: true}\nlisten_addr: 0.0.0.0:8080", False),
+        ("cluster: {enabled: false}\nlisten_addr: 127.0.0.1:8080", False),
+    ],
+)
+def test_only_a_node_of_a_cluster_that_was_told_nothing_listens_for_nodes(
+    files: Files, config: str, listens: bool
+) -> None:
+    assert files.load(config).settings.listens_for_nodes is listens
+
+
+def test_nodes_speak_over_noise_or_not_at_all(files: Files) -> None:
+    """trap 103; without a cluster the key has nothing to say."""
+    (error,) = files.errors("cluster:\n  enabled: true\n  noise:\n    enabled: false")
+    assert error.startswith("config.yaml:4: cluster.noise.enabled: is false, but nodes speak over Noise only")
+    files.load("cluster: {enabled: false, noise: {enabled: false}}")
 
 
 def test_config_values_are_as_lenient_as_llameshs(files: Files) -> None:
@@ -79,7 +125,6 @@ def test_keys_are_written_as_in_llamesh(files: Files) -> None:
 @pytest.mark.parametrize(
     ("config", "path"),
     [
-        ("cluster: {enabled: true, peers: ['b:1']}", "cluster.enabled"),
         ("cluster: {peers: ['b:1']}", "cluster.peers"),
         ("llama_cpp: {repo_url: https://x/y}", "llama_cpp.repo_url"),
         ("llama_cpp: {auto_update_interval_seconds: 1h}", "llama_cpp.auto_update_interval_seconds"),
@@ -88,7 +133,7 @@ def test_keys_are_written_as_in_llamesh(files: Files) -> None:
 )
 def test_what_does_nothing_yet_is_warned_of(files: Files, config: str, path: str) -> None:
     (warning,) = files.warnings(config)
-    assert warning.startswith(f"config.yaml:1: {path}: has no effect in this version: ")
+    assert warning.startswith(f"config.yaml:1: {path}: has no effect: ")
 
 
 def test_units(files: Files) -> None:
@@ -160,6 +205,13 @@ def test_only_another_binary_path_is_a_choice(files: Files) -> None:
         ("cluster_tls: {enabled: true}\nserver_tls: {}", "cluster TLS is enabled but server_tls is disabled"),
         ("cluster: {version_mismatch_action: reject_mayor}", "did you mean 'reject_major'?"),
         ("cluster: {peers: 'a:1'}", "cluster.peers: expected a list"),
+        ("cluster: {peers: ['a:0']}", "cluster.peers[0]: port 0 cannot be dialled"),
+        ("cluster: {peers: ['a:99999']}", "cluster.peers[0]: '99999' is not a port"),
+        ("cluster: {peers: ['::1']}", "cluster.peers[0]: IPv6 addresses need brackets"),
+        ("cluster: {peers: ['1.2.3']}", "cluster.peers[0]: '1.2.3' is not an address"),
+        ("cluster: {peers: ['ftp://a:1']}", "cluster.peers[0]: "),
+        ("cluster: {peers: ['http://a:1/v1']}", "cluster.peers[0]: "),
+        ("cluster: {peers: ['a', '']}", "cluster.peers[1]: is empty"),
         ("cluster: {enabled: true, gossip_interval_seconds: 0}", "gossip_interval_seconds: is 0, but cluster mode is"),
         ("cluster: {enabled: true, max_concurrent_gossip: 0}", "max_concurrent_gossip: is 0, but cluster mode is"),
         ("wedge_detector: {enabled: true, window_ms: 0}", "wedge_detector.window_ms: is 0, but wedge_detector"),
