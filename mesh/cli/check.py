@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import os.path
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from mesh.core.budget import BudgetLimits, capacity
 from mesh.core.devices import Devices
 from mesh.core.placement import gpu_kinds
 from mesh.engine.locate import find_engine
+from mesh.errors import ConfigError
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -40,6 +42,7 @@ def summary(loaded: Loaded) -> dict[str, Any]:
     """Return what the files amount to on this machine."""
     engine = engine_summary(loaded)
     lacking = [] if engine["found"] else [Diagnostic("engine", None, "", engine["reason"])]
+    lacking += _cluster_problems(loaded)
     return {
         "ok": not lacking,
         "config": str(loaded.config_path) if loaded.config_path else None,
@@ -49,6 +52,25 @@ def summary(loaded: Loaded) -> dict[str, Any]:
         "engine": engine,
         "profiles": [_profile(profile) for profile in loaded.catalog.profiles],
     }
+
+
+def _cluster_problems(loaded: Loaded) -> list[Diagnostic]:
+    """Return why the node could not join the others: no token, keys that cannot be used. Makes nothing."""
+    if not loaded.settings.cluster.enabled:
+        return []
+    from mesh.member import NO_TOKEN
+    from mesh.net.token import load_token
+    from mesh.net.trust import load_trust
+
+    noise = loaded.settings.cluster.noise
+    problems = []
+    try:
+        if load_token(noise, os.environ) is None:
+            problems.append(NO_TOKEN)
+        load_trust(noise)
+    except ConfigError as error:
+        problems.append(error.message)
+    return [Diagnostic("cluster", None, "", problem) for problem in problems]
 
 
 def _memory_warnings(loaded: Loaded) -> list[Diagnostic]:

@@ -127,9 +127,18 @@ def refusal(response: httpx.Response, url: str) -> CliError:
             fix = f"'llama-mesh fit {_asked_model(response)}' shows what takes how much."
         case 503 if retry_after := response.headers.get("retry-after"):
             fix = f"Try again in {retry_after} s."
+        case 400 if _error_of(response).get("param") == "node":
+            fix = "'llama-mesh nodes' lists them."
         case _:
             fix = None
-    return CliError(message, fix=fix, http_status=response.status_code)
+    return CliError(message, fix=fix, http_status=response.status_code, answer=_json_of(response))
+
+
+def _json_of(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def _error_of(response: httpx.Response) -> dict[str, Any]:

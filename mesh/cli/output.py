@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len
@@ -56,6 +56,19 @@ def print_table(
     On a terminal that is too narrow *optional* columns are left out, in this order; then the first column wraps.
     """
     console = stdout_console()
+    console.print(fitted_table(console, columns, rows, right=right, optional=optional), soft_wrap=False)
+
+
+def fitted_table(
+    console: Console,
+    columns: list[str],
+    rows: list[list[str]],
+    *,
+    right: frozenset[str] = frozenset(),
+    optional: Sequence[str] = (),
+    dim: Collection[int] = (),
+) -> Table:
+    """Return the table that ``print_table`` prints, for *console* as wide as it is now; the rows of *dim* are faint."""
     if not console.is_terminal:
         console.width = 10_000
     shown = _fitting(columns, rows, console.width, optional)
@@ -63,9 +76,9 @@ def print_table(
     for i in shown:
         justify: JustifyMethod = "right" if columns[i] in right else "left"
         table.add_column(columns[i], justify=justify, no_wrap=i > 0, overflow="ellipsis" if i else "fold")
-    for row in rows:
-        table.add_row(*(escape(row[i]) for i in shown))
-    console.print(table, soft_wrap=False)
+    for number, row in enumerate(rows):
+        table.add_row(*(escape(row[i]) for i in shown), style="dim" if number in dim else None)
+    return table
 
 
 def _fitting(columns: list[str], rows: list[list[str]], width: int, optional: Sequence[str]) -> list[int]:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from mesh import __version__
-from mesh.cli import check, demo, fit, instances, listing, logs, serve, version
-from mesh.cli.failure import USAGE
+from mesh.cli import check, cluster_parser, demo, fit, instances, listing, logs, operator_parser, serve, version
+from mesh.cli.arguments import Commands, Parser, add_command, add_files, add_node, port, positive, seconds
 
 _DESCRIPTION = "One endpoint for all the GPU boxes you own: llama-server, started, shared and stopped on demand."
 
@@ -22,6 +19,14 @@ getting started:
   llama-mesh check                    validate both files; every mistake with file and line
 
   llama-mesh fit model.gguf           how much memory a model takes, and whether it fits
+
+several boxes:
+  llama-mesh token new                make the secret that they share
+  llama-mesh join 192.168.1.20        make this box and another known to each other
+  llama-mesh keys show                this box's key, and the keys that it trusts
+  llama-mesh nodes --watch            all boxes and what they do, live
+  llama-mesh route qwen3              which box would serve a model now, and why
+  llama-mesh drain gpu2               give a box no new work; 'undrain' ends it
 
 talking to a running node:
   llama-mesh ps                       what is loaded, how busy, how much memory
@@ -36,7 +41,7 @@ The files are found by --config, --cookbook and --secrets, else $LLAMESH_CONFIG,
 $LLAMESH_SECRETS, else in the working directory.
 
 exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C; where Ctrl-C is the normal end (serve, logs,
-demo --keep) it is 0
+demo --keep, nodes --watch) it is 0
 """
 
 _SERVE = """\
@@ -104,12 +109,16 @@ _PREWARM = """\
 examples:
   llama-mesh prewarm qwen3                  load the default profile of qwen3, wait until it is ready
   llama-mesh prewarm qwen3:fast --no-wait   only start it
+  llama-mesh prewarm qwen3 --node gpu2      on another node of the mesh
+  llama-mesh prewarm qwen3 --everywhere     on every one that has it
 """
 
 _UNLOAD = """\
 examples:
   llama-mesh unload qwen3       running requests finish first, then its memory is free
   llama-mesh unload --all
+  llama-mesh unload --all --node gpu2       on another node of the mesh
+  llama-mesh unload qwen3 --everywhere
 """
 
 _LOGS = """\
@@ -127,17 +136,6 @@ examples:
 
 #: How much a word must be like a command to be taken for it; below this the list of commands helps more.
 _CLOSE = 0.75
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with a suggestion for a mistyped command and a pointer to --help."""
-
-    def __init__(self, **options: object) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)  # type: ignore[arg-type]
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(USAGE, f"error: {message}\nTry '{self.prog} --help'.\n")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -172,7 +170,7 @@ def _did_you_mean(word: str, names: Sequence[str]) -> str:
 
 def build() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     """Return the parser and the names of all commands."""
-    parser = _Parser(prog="llama-mesh", description=_DESCRIPTION, epilog=_OVERVIEW)
+    parser = Parser(prog="llama-mesh", description=_DESCRIPTION, epilog=_OVERVIEW)
     parser.add_argument("-V", "--version", action="version", version=f"llama-mesh {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
@@ -182,126 +180,79 @@ def build() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     _add_fit(commands)
     _add_instances(commands)
     _add_logs(commands)
+    cluster_parser.add_commands(commands)
+    operator_parser.add_commands(commands)
     _add_version(commands)
     return parser, tuple(commands.choices)
 
 
-def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "serve", "run a node (the default command)", _SERVE)
-    _add_files(command)
+def _add_serve(commands: Commands) -> None:
+    command = add_command(commands, "serve", "run a node (the default command)", _SERVE)
+    add_files(command)
     command.add_argument("--host", metavar="ADDRESS", help="listen here instead of listen_addr's host")
-    command.add_argument("--port", type=_port, metavar="N", help="listen here instead of listen_addr's port; 0 = any")
+    command.add_argument("--port", type=port, metavar="N", help="listen here instead of listen_addr's port; 0 = any")
     command.add_argument("--log-level", choices=serve.LOG_LEVELS, help="instead of logging.level")
     command.set_defaults(command=serve.serve)
 
 
-def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "check", "validate the configuration and the cookbook", _CHECK)
-    _add_files(command)
+def _add_check(commands: Commands) -> None:
+    command = add_command(commands, "check", "validate the configuration and the cookbook", _CHECK)
+    add_files(command)
     command.set_defaults(command=check.check)
 
 
-def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "demo", "fetch a small real model and stream its answer through a node", _DEMO)
+def _add_demo(commands: Commands) -> None:
+    command = add_command(commands, "demo", "fetch a small real model and stream its answer through a node", _DEMO)
     command.add_argument("--prompt", default=demo.PROMPT, metavar="TEXT", help="what to ask (default: %(default)r)")
-    command.add_argument("--max-tokens", type=_positive, default=160, metavar="N", help="default: %(default)s")
+    command.add_argument("--max-tokens", type=positive, default=160, metavar="N", help="default: %(default)s")
     command.add_argument("--keep", action="store_true", help="leave the node running until Ctrl-C")
     command.set_defaults(command=demo.demo)
 
 
-def _add_listing(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "models", "list the models that a node serves", _MODELS)
-    _add_node(command)
+def _add_listing(commands: Commands) -> None:
+    command = add_command(commands, "models", "list the models that a node serves", _MODELS)
+    add_node(command)
     command.set_defaults(command=listing.models)
-    command = _add(commands, "ps", "show the running instances of a node", _PS)
-    _add_node(command)
+    command = add_command(commands, "ps", "show the running instances of a node", _PS)
+    add_node(command)
     command.set_defaults(command=listing.ps)
 
 
-def _add_fit(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "fit", "say how much memory models take and whether they fit", _FIT)
+def _add_fit(commands: Commands) -> None:
+    command = add_command(commands, "fit", "say how much memory models take and whether they fit", _FIT)
     command.add_argument("models", nargs="*", metavar="MODEL", help="a name from the cookbook, or a .gguf file")
     command.add_argument("--args", metavar="ARGS", help="more llama-server arguments, as one word: --args='-c 8192'")
     command.add_argument("--gpus", metavar="SIZES", help="as if there were these GPUs, empty: --gpus 24GB,16GB")
-    _add_node(command, cookbook=True)
+    add_node(command, cookbook=True)
     command.set_defaults(command=fit.fit)
 
 
-def _add_instances(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "prewarm", "load a model before the first request needs it", _PREWARM)
+def _add_instances(commands: Commands) -> None:
+    command = add_command(commands, "prewarm", "load a model before the first request needs it", _PREWARM)
     command.add_argument("model", metavar="MODEL", help="a name from 'llama-mesh models'")
     command.add_argument("--no-wait", action="store_true", help="return as soon as loading has started")
-    command.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="give up after (default: 600 s)")
-    _add_node(command)
+    command.add_argument("--timeout", type=seconds, default=600.0, metavar="S", help="give up after (default: 600 s)")
+    operator_parser.add_target(command)
+    add_node(command)
     command.set_defaults(command=instances.prewarm)
-    command = _add(commands, "unload", "stop a model's instances and free their memory", _UNLOAD)
+    command = add_command(commands, "unload", "stop a model's instances and free their memory", _UNLOAD)
     target = command.add_mutually_exclusive_group(required=True)
     target.add_argument("model", nargs="?", metavar="MODEL", help="a name from 'llama-mesh models'")
     target.add_argument("--all", action="store_true", help="everything that is loaded")
-    _add_node(command)
+    operator_parser.add_target(command)
+    add_node(command)
     command.set_defaults(command=instances.unload)
 
 
-def _add_logs(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "logs", "show the output of a model's llama-server", _LOGS)
+def _add_logs(commands: Commands) -> None:
+    command = add_command(commands, "logs", "show the output of a model's llama-server", _LOGS)
     command.add_argument("model", metavar="MODEL", help="a name from 'llama-mesh models'")
     command.add_argument("-f", "--follow", action="store_true", help="keep printing new lines")
-    _add_node(command)
+    add_node(command)
     command.set_defaults(command=logs.logs)
 
 
-def _add_version(commands: argparse._SubParsersAction[_Parser]) -> None:
-    command = _add(commands, "version", "print the versions of llama-mesh and of the engine", _VERSION)
-    _add_files(command)
+def _add_version(commands: Commands) -> None:
+    command = add_command(commands, "version", "print the versions of llama-mesh and of the engine", _VERSION)
+    add_files(command)
     command.set_defaults(command=version.version)
-
-
-def _add(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, epilog: str) -> _Parser:
-    command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=epilog)
-    command.add_argument("--json", action="store_true", help="print JSON instead of text")
-    return command
-
-
-def _add_files(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("files")
-    for name in ("config", "cookbook", "secrets"):
-        _add_file(group, name)
-
-
-def _add_node(command: argparse.ArgumentParser, *, cookbook: bool = False) -> None:
-    group = command.add_argument_group("which node")
-    group.add_argument("--url", metavar="URL", help="default: $LLAMESH_URL, else listen_addr of the configuration")
-    group.add_argument("--key", metavar="KEY", help="default: $LLAMESH_API_KEY, else the secrets file's first key")
-    group.add_argument(
-        "--ca", type=Path, metavar="FILE", help="trust this certificate (default: the system's, and ours)"
-    )
-    for name in ("config", "cookbook", "secrets") if cookbook else ("config", "secrets"):
-        _add_file(group, name)
-
-
-def _add_file(group: argparse._ArgumentGroup, name: str) -> None:
-    where = f"default: $LLAMESH_{name.upper()}, else ./{name}.yaml, if it exists"
-    group.add_argument(f"--{name}", type=Path, metavar="FILE", help=where)
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535)")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    """Parse a time; the upper end is what a node accepts."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e7:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number of seconds")
-    return seconds

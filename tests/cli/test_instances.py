@@ -83,3 +83,81 @@ def test_unload_needs_a_model_or_all(capsys: pytest.CaptureFixture[str]) -> None
             run(arguments)
         assert caught.value.code == 2
     assert "--all" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "target"), [([], {}), (["--node", "gpu1"], {"node": "gpu1"}), (["--everywhere"], {"node": "*"})]
+)
+def test_where_it_is_done(node: FakeNode, flags: list[str], target: dict[str, str]) -> None:
+    node.answers["POST /admin/prewarm"] = (200, {"status": "ok", "message": "", "instance": INSTANCE})
+    node.answers["POST /admin/unload"] = (200, {"status": "ok", "message": "", "unloaded": 1})
+    assert run(["prewarm", "qwen3", *flags]) == 0
+    assert node.asked[-1].body == {"model": "qwen3", "wait": True, "timeout_s": 600.0, **target}
+    assert run(["unload", "--all", *flags]) == 0
+    assert node.asked[-1].body == {"all": True, **target}
+
+
+def test_on_another_node_its_name_is_told(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if the node chose it: what is only elsewhere is loaded there."""
+    node.answers["POST /admin/prewarm"] = (200, {"status": "ok", "message": "", "instance": None, "node": "gpu1"})
+    node.answers["POST /admin/unload"] = (200, {"status": "ok", "message": "", "unloaded": 2, "node": "gpu1"})
+    assert run(["prewarm", "qwen3"]) == 0
+    assert capsys.readouterr().out.endswith(" s on gpu1\n")
+    assert run(["unload", "qwen3", "--node", "gpu1"]) == 0
+    assert capsys.readouterr().out == "qwen3 on gpu1: 2 instances stop after running requests\n"
+
+
+NOT_THERE = {"status": "error", "message": "Model not found", "type": "model_not_found"}
+NO_MEMORY = {"status": "error", "message": "node gpu3: needs [9000] MiB", "type": "model_too_large"}
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "lines"),
+    [
+        (
+            {"gpu1": {"status": "ok"}, "gpu22": NOT_THERE},
+            200,
+            ["gpu1   ready", "gpu22  does not have it"],
+        ),
+        (
+            {"gpu1": {"status": "ok"}, "gpu2": NOT_THERE, "gpu3": NO_MEMORY},
+            503,
+            ["gpu1  ready", "gpu2  does not have it", "gpu3  node gpu3: needs [9000] MiB"],
+        ),
+        ({"gpu1": NOT_THERE, "gpu2": NOT_THERE}, 404, ["gpu1  Model not found", "gpu2  Model not found"]),
+    ],
+)
+def test_everywhere_is_a_line_for_each_node_and_one_failure_is_exit_1(
+    node: FakeNode,
+    capsys: pytest.CaptureFixture[str],
+    answers: dict[str, dict[str, str]],
+    status: int,
+    lines: list[str],
+) -> None:
+    outcome = "ok" if status == 200 else "error"
+    answer = {"status": outcome, "message": "1 of 2 nodes did it", "nodes": answers}
+    node.answers["POST /admin/prewarm"] = (status, answer)
+    expected = 0 if status == 200 else 1
+    assert run(["prewarm", "qwen3", "--everywhere"]) == expected
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == lines
+    assert captured.err == ""
+    assert run(["prewarm", "qwen3", "--everywhere", "--json"]) == expected
+    assert json.loads(capsys.readouterr().out)["nodes"] == answers
+
+
+def test_unload_everywhere(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {"gpu1": {"status": "ok", "unloaded": 1}, "gpu2": {"status": "ok", "unloaded": 0}}
+    node.answers["POST /admin/unload"] = (200, {"status": "ok", "message": "", "nodes": answers})
+    assert run(["unload", "qwen3", "--everywhere"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "gpu1  1 instance stops after running requests",
+        "gpu2  nothing was loaded",
+    ]
+
+
+def test_everywhere_without_a_key_is_an_error_as_usual(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    status, envelope = node.error(403, "permission_error", "this route needs one of auth.admin_keys")
+    node.answers["POST /admin/prewarm"] = (status, {"status": "error", **envelope})
+    assert run(["prewarm", "qwen3", "--everywhere"]) == 1
+    assert "auth.admin_keys" in capsys.readouterr().err

@@ -22,7 +22,25 @@ def test_serve_is_the_default(argv: list[str]) -> None:
 
 def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     _, names = parser.build()
-    assert set(names) == {"serve", "check", "demo", "fit", "models", "ps", "prewarm", "unload", "logs", "version"}
+    assert set(names) == {
+        "serve",
+        "check",
+        "demo",
+        "fit",
+        "models",
+        "ps",
+        "prewarm",
+        "unload",
+        "logs",
+        "token",
+        "keys",
+        "join",
+        "nodes",
+        "route",
+        "drain",
+        "undrain",
+        "version",
+    }
     for name in names:
         with pytest.raises(SystemExit) as caught:
             run([name, "--help"])
