@@ -35,8 +35,9 @@ format: setup    ## rewrite the sources in the project's style
 model: setup     ## fetch the model of the end-to-end tests into the cache (93 MB, once)
 	@$(BIN)/python -m mesh.cli.demo_model
 
-bench: setup     ## compare llama-mesh with nginx over a fast mock server
+bench: setup     ## compare llama-mesh with nginx over a fast mock server, on one node and on two; measure the link
 	$(BIN)/python -m benchmarks.proxy $(ARGS)
+	$(BIN)/python -m benchmarks.link_micro
 
 mutants: setup   ## plant bugs in the scheduler and the placement, one at a time, and show what catches each
 	@$(BIN)/python scripts/mutants.py

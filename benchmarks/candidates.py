@@ -116,6 +116,49 @@ def mesh(
     return candidate
 
 
+def two_nodes(directory: Path) -> Candidate:
+    """Two of our nodes with a link between them: the first has no model, so each request crosses the link.
+
+    The CPU of both counts, and is told for each by ``pids``: the one that clients talk to comes first.
+    """
+    ports = {"entry": free_port(), "server": free_port()}
+    processes = {}
+    for name, port in ports.items():
+        place = directory / name
+        place.mkdir()
+        config, cookbook = _node_files(place, port, 0, models=MODELS if name == "server" else {})
+        other = next(p for n, p in ports.items() if n != name)
+        _put_in_cluster(config, name, other, place)
+        command = [sys.executable, "-m", "mesh", "serve", "--config", str(config), "--cookbook", str(cookbook)]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("LLAMESH_")}
+        environment |= {"PYTHONPATH": str(ROOT), "HOME": str(place), "CLUSTER_TOKEN": "a token for benchmarks only"}
+        processes[name] = _start(command, directory, f"two-nodes-{name}", environment)
+    (server, server_log), (entry, entry_log) = processes["server"], processes["entry"]
+    helper = Candidate("two-nodes-server", ports["server"], server, server_log)
+    candidate = Candidate("two-nodes", ports["entry"], entry, entry_log, (entry.pid, server.pid), [helper])
+    try:
+        helper.wait_ready(tuple(MODELS))
+    except BenchmarkError:
+        candidate.stop()
+        raise
+    candidate.wait_ready(tuple(MODELS))
+    return candidate
+
+
+def _put_in_cluster(config: Path, name: str, other_port: int, place: Path) -> None:
+    content = json.loads(config.read_text())
+    content |= {
+        "node_id": name,
+        "cluster": {
+            "enabled": True,
+            "peers": [f"127.0.0.1:{other_port}"],
+            "discovery": {"mdns": False},
+            "noise": {"config_dir": str(place / "keys")},
+        },
+    }
+    config.write_text(json.dumps(content, indent=2))
+
+
 def find_nginx() -> str | None:
     """Debian keeps nginx in /usr/sbin, which is not on every user's PATH."""
     return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin")
@@ -162,7 +205,9 @@ def _ask(port: int, model: str) -> str | None:
     return None if response.status == 200 else f"{response.status} {content[:500]!r}"
 
 
-def _node_files(directory: Path, port: int, max_concurrent: int | None) -> tuple[Path, Path]:
+def _node_files(
+    directory: Path, port: int, max_concurrent: int | None, *, models: Mapping[str, str] = MODELS
+) -> tuple[Path, Path]:
     """Write both files as JSON, which is YAML. Auth, access log, metrics and request ids are on."""
     model_file = directory / "mock.gguf"
     model_file.write_bytes(b"GGUF" + bytes(60))
@@ -188,7 +233,7 @@ def _node_files(directory: Path, port: int, max_concurrent: int | None) -> tuple
                     }
                 ],
             }
-            for name, arguments in MODELS.items()
+            for name, arguments in models.items()
         ]
     }
     paths = directory / "config.yaml", directory / "cookbook.yaml"

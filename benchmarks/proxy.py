@@ -40,6 +40,9 @@ IDLE_STREAMS = 1000
 SETTLE_S = 1.0
 
 
+PROXIES = ("nginx", "mesh", "baseline")
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One load that every one of ``candidates`` gets in every round."""
@@ -47,12 +50,12 @@ class Part:
     name: str
     title: str
     load: Load
-    candidates: tuple[str, ...] = ("nginx", "mesh", "baseline")
+    candidates: tuple[str, ...] = PROXIES
 
 
 ALL = ("direct", "nginx", "mesh", "baseline")
 PARTS = (
-    Part("saturated", "1 KB, saturated, 32 connections", Load(32, 2.0), (*ALL, "mesh-slots")),
+    Part("saturated", "1 KB, saturated, 32 connections", Load(32, 2.0), (*ALL, "mesh-slots", "two-nodes")),
     Part("unique_ids", "same, own X-Request-Id each", Load(32, 1.5, unique_header="X-Request-Id")),
     Part("queued", "same, 8 slots: 24 always wait", Load(32, 1.5, model="mock-few-slots"), ("mesh-slots",)),
     Part("keepalive_100", "same, upstream closes after 100", Load(32, 1.5, model="mock-like-llama-server"), ("mesh",)),
@@ -61,8 +64,13 @@ PARTS = (
     Part("rate_150", "1 KB, 150 requests/s", Load(32, 3.0, rate_per_s=150), ALL),
     Part("request_20kb", "20 KB requests, saturated", Load(32, 1.5, request_bytes=20_000)),
     Part("request_200kb", "200 KB requests, saturated", Load(32, 1.5, request_bytes=200_000)),
-    Part("answer_200kb", "200 KB answers, saturated", Load(32, 1.5, answer_bytes=200_000)),
-    Part("sse", "SSE, 100 streams x 50 events/s", Load(100, 3.0, stream_interval_us=SSE_INTERVAL_US), ALL),
+    Part("answer_200kb", "200 KB answers, saturated", Load(32, 1.5, answer_bytes=200_000), (*PROXIES, "two-nodes")),
+    Part(
+        "sse", "SSE, 100 streams x 50 events/s", Load(100, 3.0, stream_interval_us=SSE_INTERVAL_US), (*ALL, "two-nodes")
+    ),
+    Part(
+        "sse_saturated", "SSE, 100 streams, saturated", Load(100, 2.0, stream_interval_us=1000), (*PROXIES, "two-nodes")
+    ),
 )
 
 
@@ -101,7 +109,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 5)")
     parser.add_argument("--seconds-factor", type=float, help="lengthen every measurement (default 1)")
     parser.add_argument("--parts", type=_names, help=f"only these, comma-separated: {names}")
-    parser.add_argument("--only", type=_names, help="only these candidates: direct, nginx, mesh, mesh-slots, baseline")
+    parser.add_argument(
+        "--only", type=_names, help="only these candidates: direct, nginx, mesh, mesh-slots, two-nodes, baseline"
+    )
     parser.add_argument("--baseline", type=Path, metavar="DIR", help="also measure the node of this other checkout")
     parser.add_argument(
         "--no-pin", dest="pin", action="store_false", help="let the kernel move processes between cores"
@@ -145,6 +155,7 @@ def _start_all(
     if candidates.find_nginx() is not None:
         wanted["nginx"] = candidates.nginx
     wanted["mesh"] = lambda place: candidates.mesh(place, "mesh")
+    wanted["two-nodes"] = candidates.two_nodes
     wanted["mesh-slots"] = lambda place: candidates.mesh(place, "mesh-slots", max_concurrent=None)
     if options.baseline is not None:
         wanted["baseline"] = lambda place: candidates.mesh(place, "baseline", root=options.baseline.resolve())

@@ -12,6 +12,8 @@ from benchmarks.load import Outcome
 REQUEST_RATIO_GOAL = 2.0
 EVENT_RATIO_GOAL = 1.25
 
+ANSWER_MB = 0.2  #: of the part "answer_200kb"
+
 Figure = Callable[[Outcome], float]
 
 
@@ -81,6 +83,7 @@ def summary(measurements: Measurements, moderate_rate: str) -> dict[str, Any]:
             "added_delay_p99_us": added_us(measurements, "sse", lambda o: o.event_delay_us["p99"]),
         },
         "idle_streams": {"kb_per_stream": idle.get("mesh"), "all": idle, "streams": measurements.idle_streams},
+        "two_nodes": _two_nodes(measurements),
         "goals": {"requests_ratio": REQUEST_RATIO_GOAL, "sse_ratio": EVENT_RATIO_GOAL},
         "parts": {part: _part(measurements, part) for part in measurements.outcomes},
         "failures": measurements.failures,
@@ -91,6 +94,21 @@ def _equal_rate_ratios(measurements: Measurements) -> dict[str, float | None]:
     """Saturated, the faster proxy also finds everything else awake; at equal rates both pay for the same wake-ups."""
     rates = [part for part in measurements.outcomes if part.startswith("rate_")]
     return {part: ratio(measurements.medians(part, cpu_us)) for part in rates}
+
+
+def _two_nodes(measurements: Measurements) -> dict[str, float | None]:
+    """What a link costs: CPU is that of both nodes together."""
+    name = "two-nodes"
+    saturated, events = measurements.medians("saturated", cpu_us), measurements.medians("sse", cpu_us)
+    large = measurements.medians("answer_200kb", lambda o: o.requests * ANSWER_MB / o.seconds)
+    return {
+        "cpu_us_per_request": saturated.get(name),
+        "requests_ratio": ratio(saturated, name),
+        "cpu_us_per_event": events.get(name),
+        "sse_ratio": ratio(events, name),
+        "events_per_s": measurements.medians("sse_saturated", _per_s).get(name),
+        "mb_per_s": large.get(name),
+    }
 
 
 def _part(measurements: Measurements, part: str) -> dict[str, Any]:
@@ -155,6 +173,7 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
         _goal("request", requests["ratio"], REQUEST_RATIO_GOAL),
         f"CPU per request at equal rates, x nginx: {_each(requests['equal_rate_ratio'])}",
         _goal("SSE event", sse["ratio"], EVENT_RATIO_GOAL),
+        f"two nodes with a link, CPU of both: {_each(found['two_nodes'])}",
         f"added latency in us: p50 {added_p50}, p99 {added_p99}",
         f"added delay of an event in us: p50 {delay_p50}, p99 {delay_p99}",
         f"memory in KiB per open idle stream ({idle['streams']} streams): {_each(idle['all'])}",
