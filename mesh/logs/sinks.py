@@ -10,6 +10,7 @@ import gzip
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -111,10 +112,15 @@ class FileSink:
             return False
 
     def _rotate(self, today: date) -> bool:
-        """Move the file of an earlier day aside, also one that an earlier run of the node left."""
+        """Move the file of an earlier day aside, also one that an earlier run of the node left.
+
+        Only a file has earlier days: a device or a pipe that the name leads to is older than any of its lines.
+        """
         try:
             found = self._path.stat()
         except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(found.st_mode):
             return False
         ours = found.st_ino == self._inode  # or another process has already put a new one there
         day = self._day if ours else datetime.fromtimestamp(found.st_mtime, UTC).date()
