@@ -35,8 +35,8 @@ API_KEY_VARIABLE = "LLAMA_API_KEY"
 HF_TOKEN_VARIABLE = "HF_TOKEN"
 #: variables by which llama-server learns of a model without an argument
 MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_DOCKER_REPO")
-#: of this process's environment, never for a child: the node's own settings, with its keys, and a stray child key
-_WITHHELD = re.compile(r"LLAMESH_|LLAMA_API_KEY$")
+#: of this process's environment, never for a child: the node's own settings and keys, and a stray child key (trap 101)
+_WITHHELD = re.compile(r"LLAMESH_|(LLAMA_API_KEY|CLUSTER_TOKEN|NODE_PRIVATE_KEY)$")
 
 UNASSIGNED = Assignment()
 

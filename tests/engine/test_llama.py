@@ -89,7 +89,8 @@ def test_the_key_may_come_from_the_profiles_environment_or_a_file(tmp_path: Path
 
 def test_the_environment_of_the_node_without_its_own_secrets() -> None:
     """trap 101"""
-    node = {"PATH": "/bin", "LLAMESH_AUTH__ALLOWED_KEYS": "top", "LLAMA_API_KEY": "stray", "LLAMA_ARG_THREADS": "2"}
+    own = {"CLUSTER_TOKEN": "t", "NODE_PRIVATE_KEY": "k", "LLAMESH_AUTH__ALLOWED_KEYS": "top", "LLAMA_API_KEY": "stray"}
+    node = {"PATH": "/bin", "LLAMA_ARG_THREADS": "2", **own}
     env = llama.child_env(profile(env={"A": "b"}), node)
     assert env == {"PATH": "/bin", "LLAMA_ARG_THREADS": "2", "OMP_WAIT_POLICY": "passive", "A": "b"}
 
