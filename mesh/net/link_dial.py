@@ -64,7 +64,10 @@ async def _attempt(host: str, port: int) -> asyncio.Transport | OSError:
 
 async def _resolve(host: str, port: int) -> list[str]:
     """Return the addresses of *host*, IPv6 and IPv4 in turn, beginning with what the system prefers."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # the codec for host names refuses what DNS could never hold
+        raise OSError("this is no name of a host") from error
     addresses = dict.fromkeys((family, _numeric(address)) for family, _, _, _, address in found)
     first = [text for family, text in addresses if family == found[0][0]]
     rest = [text for family, text in addresses if family != found[0][0]]

@@ -33,7 +33,8 @@ ProtocolT = TypeVar("ProtocolT", bound=asyncio.Protocol)
 
 _TICK_S = 1.0
 _RATE = Rate(per_s=20.0, burst=40)
-_KNOWN_RATE = Rate(per_s=200.0, burst=400)
+_KNOWN_RATE = Rate(per_s=1000.0, burst=2000)
+_STRANGERS_RATE = Rate(per_s=200.0, burst=400)
 _MAX_KNOWN = 4096
 
 
@@ -48,8 +49,10 @@ class LinkLimits:
     """For links that others begin."""
 
     handshake_s: float = 5.0
-    half_open: int = 512  #: handshakes under way at once; more are closed unheard
+    half_open: int = 512  #: handshakes of strangers under way at once; more are closed unheard
+    half_open_per_source: int = 32
     per_source: Rate = _RATE
+    strangers: Rate = _STRANGERS_RATE  #: of all sources together that are not known: one may have many addresses
     known: Rate = _KNOWN_RATE  #: of this machine, and of sources from which somebody with the token has come
 
 
@@ -249,20 +252,29 @@ class _Accepting:
         self._links = links
         self._limiter = RateLimiter(links.limits.per_source)
         self._known_limiter = RateLimiter(links.limits.known)
+        self._strangers = RateLimiter(links.limits.strangers)
+        self._under_way: dict[LinkHandshake, str] = {}  # those of strangers, and their sources
         self._known: dict[str, None] = {}  # sources that a link has come from; the latest last
         self._failures = FailureLog()
 
     def begin(self, handshake: LinkHandshake) -> Session:
-        source = source_of(handshake.host)
-        limiter = self._known_limiter if source in self._known or is_loopback(source) else self._limiter
-        if not limiter.allow(source, asyncio.get_running_loop().time()):
-            raise LinkError("too many handshakes from there")
-        if self._links.half_open >= self._links.limits.half_open:
+        """Let *handshake* begin, or raise ``LinkError``. Strangers cannot crowd out whom this node knows."""
+        source, now = source_of(handshake.host), asyncio.get_running_loop().time()
+        if source in self._known or is_loopback(source):
+            if not self._known_limiter.allow(source, now):
+                raise LinkError("too many handshakes from there")
+            return self._links.session(handshake, initiator=False, expect=None)
+        limits, from_there = self._links.limits, sum(s == source for s in self._under_way.values())
+        if len(self._under_way) >= limits.half_open or from_there >= limits.half_open_per_source:
             raise LinkError("too many handshakes at once")
+        if not self._limiter.allow(source, now) or not self._strangers.allow("", now):
+            raise LinkError("too many handshakes from there")
+        self._under_way[handshake] = source
         return self._links.session(handshake, initiator=False, expect=None)
 
     def established(self, handshake: LinkHandshake, session: Session, arrived: list[bytes | Control]) -> None:
         source = source_of(handshake.host)
+        self._under_way.pop(handshake, None)
         self._known.pop(source, None)
         self._known[source] = None
         if len(self._known) > _MAX_KNOWN:
@@ -271,6 +283,7 @@ class _Accepting:
         self._links.establish(handshake, session, self._links.serve, arrived)
 
     def failed(self, handshake: LinkHandshake, error: LinkError) -> None:
+        self._under_way.pop(handshake, None)
         self._links.forget(handshake)
         if isinstance(error, SelfDialError) or self._links.closed:
             return  # discovery found this node itself: nobody's fault

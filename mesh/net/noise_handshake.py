@@ -65,7 +65,11 @@ class Handshake:
         return _SIZES[self.number] + len(self._payloads[self.number])
 
     def write(self) -> bytes:
-        message = bytes(self._noise.write_message(self._payloads[self.number]))
+        """Return this side's next message. Raise ``LinkError`` if what the other side sent admits none."""
+        try:
+            message = bytes(self._noise.write_message(self._payloads[self.number]))
+        except ValueError as error:  # its ephemeral key is a point of low order, with which there is no secret
+            raise LinkError(_NOT_OURS) from error
         self.number += 1
         return message
 

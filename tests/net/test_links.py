@@ -222,8 +222,11 @@ async def test_the_same_failure_is_logged_once(caplog: pytest.LogCaptureFixture)
         await until(lambda: len(log_lines(caplog)) == 3)
 
 
-async def test_a_number_of_handshakes_at_once() -> None:
-    async with node(1) as one, node(2, limits=LinkLimits(half_open=4)) as two:
+@pytest.mark.parametrize("limits", [LinkLimits(half_open=4), LinkLimits(half_open_per_source=4)])
+async def test_strangers_that_say_nothing(limits: LinkLimits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them at once are closed unheard; whom this node knows gets through all the same."""
+    monkeypatch.setattr("mesh.net.links.is_loopback", lambda source: False)
+    async with node(1) as one, node(2, limits=limits) as two:
         slow = [await asyncio.open_connection("127.0.0.1", two.port) for _ in range(4)]
         for _, writer in slow:
             writer.write(b"\x00\x30half of message 1")
@@ -234,6 +237,33 @@ async def test_a_number_of_handshakes_at_once() -> None:
             writer.close()
         await until(lambda: two.links.half_open == 0)
         await one.dial(two)
+        slow = [await asyncio.open_connection("127.0.0.1", two.port) for _ in range(8)]
+        for _, writer in slow:
+            writer.write(b"\x00\x30half of message 1")
+        await until(lambda: two.links.half_open == 8)
+        await one.dial(two)
+        for _, writer in slow:
+            writer.close()
+        await until(lambda: two.links.half_open == 0)
+
+
+async def test_all_strangers_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with many addresses has no more than one of them would."""
+    monkeypatch.setattr("mesh.net.links.is_loopback", lambda source: False)
+    names = iter(range(99))
+    monkeypatch.setattr("mesh.net.links.source_of", lambda host: f"source {next(names)}")
+    async with node(1) as one, node(2, limits=LinkLimits(strangers=Rate(0.0, 2))) as two:
+        for _ in range(2):
+            await one.dial(two)
+        with pytest.raises(LinkError):
+            await one.dial(two)
+
+
+async def test_a_burst_from_whom_this_node_knows_is_no_attack() -> None:
+    """Each of a hundred requests at once may need a link of its own."""
+    async with node(1) as one, node(2) as two:
+        await asyncio.gather(*(one.dial(two) for _ in range(100)))
+        assert len(two.links.links) == 100
 
 
 async def test_a_handshake_that_drips_is_closed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from mesh.core.node_state import PeerIdentity, PeerKey
 from mesh.errors import LinkError, UntrustedPeerError
-from mesh.net.noise import Session, Stage
+from mesh.net.noise import PROLOGUE, Session, Stage
+from mesh.net.noise_handshake import Handshake
 from mesh.net.noise_hello import Binding, SelfDialError
 from mesh.net.noise_records import MAX_CONTENT, Control
 from tests.net.link_sessions import (
@@ -217,6 +219,16 @@ def test_keys_that_lead_to_nothing(public: bytes) -> None:
     """An ephemeral key of low order gives a known secret; it is refused, as our error."""
     two = responder()
     fails(two, b"\x00\x30" + public + bytes(16))
+
+
+@pytest.mark.parametrize("public", [bytes(32), b"\x01" + bytes(31)])
+def test_such_a_key_in_a_message_that_is_right_otherwise(public: bytes) -> None:
+    """The tag of message 1 is over public data, so anybody can make it: the answer cannot be computed, for no token."""
+    forged = Handshake(initiator=True, psk=bytes(32), static_private=bytes(range(32)), prologue=PROLOGUE)
+    forged._state.e = SimpleNamespace(public_bytes=public)
+    message = forged.write()
+    assert message.startswith(public)
+    fails(responder(), len(message).to_bytes(2, "big") + message)
 
 
 # --- damage
