@@ -19,6 +19,8 @@ PeerKey = NewType("PeerKey", bytes)
 PROTOCOL = 1
 
 _LONGEST_TEXT = 512
+_MOST_ADDRESSES = 16
+_MOST_KINDS = 64
 
 
 class PeerIdentity(msgspec.Struct, frozen=True):
@@ -105,6 +107,13 @@ def decode_state(payload: bytes) -> NodeState:
         raise ValueError("a node's state without a sane name")
     return msgspec.structs.replace(
         state,
+        version=_clean(state.version),
+        engine_version=_clean(state.engine_version),
+        public_url=_clean(state.public_url),
+        boot=_clean(state.boot),
+        addresses=tuple(_clean(address) for address in state.addresses[:_MOST_ADDRESSES]),
+        capacity_mib=_amounts(state.capacity_mib),
+        used_mib=_amounts(state.used_mib),
         current_requests=max(0, state.current_requests),
         queue_length=max(0, state.queue_length),
         profiles=tuple(_sane(profile) for profile in state.profiles),
@@ -115,7 +124,12 @@ def _sane(profile: ProfileState) -> ProfileState:
     """Return *profile* with counts that are not negative and figures that can be divided by."""
     return msgspec.structs.replace(
         profile,
-        key=profile.key.lower(),
+        key=_clean(profile.key).lower(),
+        id=_clean(profile.id),
+        aliases=tuple(_clean(alias) for alias in profile.aliases),
+        kind=_clean(profile.kind),
+        fit=_clean(profile.fit),
+        description=_clean(profile.description),
         ready=max(0, profile.ready),
         loading=max(0, profile.loading),
         slots=max(0, profile.slots),
@@ -127,6 +141,17 @@ def _sane(profile: ProfileState) -> ProfileState:
         decode_tps=_positive(profile.decode_tps),
         service_s=_positive(profile.service_s),
     )
+
+
+def _clean(text: str) -> str:
+    """Return *text* fit to be shown: it goes to terminals and logs, and somebody else wrote it."""
+    if len(text) <= _LONGEST_TEXT and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST_TEXT])
+
+
+def _amounts(mib: dict[str, int]) -> dict[str, int]:
+    return {_clean(kind): max(0, amount) for kind, amount in list(mib.items())[:_MOST_KINDS]}
 
 
 def _positive(figure: float | None) -> float | None:

@@ -164,3 +164,16 @@ def test_a_damaged_record_decodes_or_raises(position: int, byte: int) -> None:
     payload[position % len(payload)] = byte
     _decodes_or_raises(bytes(payload))
     _decodes_or_raises(bytes(payload[: position % len(payload)]))
+
+
+def test_what_others_write_is_fit_for_a_terminal() -> None:
+    """Records are shown by ``llama-mesh nodes`` and in logs: no escape sequence gets that far."""
+    evil = "\x1b]0;owned\x07\x1b[2J" + "x" * 600
+    state = NodeState("n", version=evil, engine_version=evil, public_url=evil, addresses=(evil,) * 99,
+                      profiles=(ProfileState(evil, evil, aliases=(evil,), description=evil),))  # fmt: skip
+    seen = decode_state(encode_state(state))
+    (profile,) = seen.profiles
+    texts = [seen.version, seen.engine_version, seen.public_url, *seen.addresses, profile.id, profile.key,
+             profile.description, *profile.aliases]  # fmt: skip
+    assert len(seen.addresses) == 16
+    assert all(text.isprintable() and len(text) <= 512 for text in texts)
