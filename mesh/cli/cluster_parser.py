@@ -62,24 +62,28 @@ examples:
   llama-mesh keys revoke ed25519:q5wPgyjEEPTYnR0RWB+2vVpPvbwsMcWf53UpyCtg6M4=
   llama-mesh keys revoke zs3pd-7tq4n-h6yzx-2m5ka       a fingerprint will do, if it is known here
 
-Each node has its own list: revoke it on all of them, or change the token. A revoked key is refused even if it is in
-cluster.noise.allowed_keys. 'llama-mesh keys trust' takes it back.
+Each node has its own list: a key is revoked on each node on which this is run, so run it on all of them. The name of a
+revoked key stays its own, but whoever has the token can make a new key and another name: if a box is lost, change the
+token, too. A revoked key is refused even if it is in cluster.noise.allowed_keys. A key that took its place
+('keys rotate') is another one. 'llama-mesh keys trust' takes it back.
 """
 
 _KEYS_ROTATE = """\
 examples:
   llama-mesh keys rotate
+  llama-mesh keys rotate --force                although the key before the last is still there
 
 The old key is kept beside the new one (node.key.previous) and signs it. Keep it until every other node has met the
-new key; a node that misses two rotations in a row needs 'llama-mesh keys trust'. Restart the node to use the new key.
+new key, then remove it. While it is there, another rotation is refused: a node that misses two in a row refuses this
+one until somebody runs 'llama-mesh keys trust' there. Restart the node to use the new key.
 """
 
 _JOIN = """\
 examples:
   llama-mesh join 192.168.1.20                  greet the node there, remember its key and its address
   llama-mesh join gpu1.example.org:9000
-  llama-mesh join gpu1 --token 0123456789abcdef0123456789abcdef
-  ssh gpu1 llama-mesh token show | llama-mesh join gpu1 --token -      without showing the token to anybody
+  llama-mesh join gpu1 --token -                asks for the token
+  ssh gpu1 llama-mesh token show | llama-mesh join gpu1 --token -      without showing it to anybody
   llama-mesh join --remove gpu1                 forget the address; 'llama-mesh keys revoke' is for its key
 
 The port is that of the local listen_addr if none is given. In one network nodes find each other by themselves once
@@ -129,17 +133,25 @@ def _add_keys(commands: Commands) -> None:
     _leaf(group, "show", "print this node's key and those that it knows", _KEYS_SHOW, _late("keys", "show"))
     trust = _leaf(group, "trust", "accept a key for a node", _KEYS_TRUST, _late("keys", "trust"))
     trust.add_argument("node", metavar="NODE", help="its node_id")
-    trust.add_argument("key", metavar="KEY", help="ed25519:..., as 'llama-mesh keys show' prints it there")
+    trust.add_argument(
+        "key",
+        metavar="KEY",
+        help="ed25519:..., as 'llama-mesh keys show' prints it there; or the fingerprint of one that is known here",
+    )
     revoke = _leaf(group, "revoke", "refuse a key from now on", _KEYS_REVOKE, _late("keys", "revoke"))
     revoke.add_argument("target", metavar="NODE|KEY", help="a node_id, a key or a fingerprint")
-    _leaf(group, "rotate", "replace this node's key by a new one", _KEYS_ROTATE, _late("keys", "rotate"))
+    rotate = _leaf(group, "rotate", "replace this node's key by a new one", _KEYS_ROTATE, _late("keys", "rotate"))
+    rotate.add_argument("--force", action="store_true", help="even if not all others may know of the last rotation")
 
 
 def _add_join(commands: Commands) -> None:
     join = _leaf(commands, "join", "make this node and another known to each other", _JOIN, _late("join", "join"))
     join.add_argument("host", metavar="HOST[:PORT]", help="where the other node listens; IPv6 as [::1]:8080")
     join.add_argument(
-        "--token", metavar="TOKEN", help="the cluster's token, kept if it is right; - reads it from stdin"
+        "--token",
+        metavar="-",
+        help="take the cluster's token from stdin, or ask for it; it is kept if it is right. The token itself instead"
+        " of the - works, too, but shows in 'ps'",
     )
     join.add_argument("--force", action="store_true", help="let --token replace another one that is here")
     join.add_argument("--remove", action="store_true", help="forget the address instead")

@@ -25,7 +25,7 @@ from mesh.net.keys import Identity, fingerprint, key_text, load_identity, psk_of
 from mesh.net.known_peers import Entry, encode_name
 from mesh.net.links import Links
 from mesh.net.peers_file import add_peer, normal_address, read_peers, remove_peers
-from mesh.net.token import TOKEN_VARIABLE, FoundToken, Token, find_token, parse_token
+from mesh.net.token import TOKEN_VARIABLE, FoundToken, Token, find_token, parse_token, weakness
 from mesh.net.trust import Trust, load_trust, trust_command
 
 DEFAULT_PORT = 8080
@@ -76,9 +76,12 @@ def join(arguments: argparse.Namespace, probe: Probe = greet) -> int:
     host, port = _target(arguments.host, here.settings)
     if arguments.remove:
         return _remove(arguments, here, host, port)
+    if arguments.token not in (None, "-"):
+        seen = "others can see a token in the arguments of a command, with 'ps'; '--token -' asks for it instead"
+        print_warnings(stderr_console(), [seen])
     token, is_new = _token(arguments, here)
-    trust = load_trust(here.settings.cluster.noise)
     identity = load_identity(here.settings.cluster.noise, os.environ)
+    trust = load_trust(here.settings.cluster.noise, node_id=here.settings.node_id, key=identity.key)
     address = join_address(host, port)
     known_before = trust.known.by_key
     greeting = Greeting(host, port, arguments.timeout, identity, psk_of(token), trust, here.settings.node_id)
@@ -87,11 +90,18 @@ def join(arguments: argparse.Namespace, probe: Probe = greet) -> int:
             peer = probe(greeting)
     except LinkError as error:
         raise _explained(error, arguments.host, greeting) from error
+    except UnicodeError as error:  # the resolver's way to say that no host can be called that
+        raise _no_address(arguments.host, "it is not the name of a host") from error
     if is_new:
         store(here, token, force=True)
     with write_errors_explained(here.files.peers):
         added = add_peer(here.files.peers, address)
-    remarks = [*_remarks(here, is_new), *([f"the key is not kept: {trust.unsaved}"] if trust.unsaved else [])]
+    weak = weakness(token)
+    remarks = [
+        *_remarks(here, is_new),
+        *([weak] if weak else []),
+        *([f"the key is not kept: {trust.unsaved}"] if trust.unsaved else []),
+    ]
     _report(arguments, peer, address, known_before.get(peer.key), added, remarks)
     return OK
 
@@ -106,8 +116,12 @@ def _target(text: str, settings: Settings) -> tuple[str, int]:
         host, port = split_address(word if ":" in word.rpartition("]")[2] else f"{word}:{default}")
         return split_address(normal_address(join_address(host, port)))
     except ValueError as error:
-        fix = "Write it like gpu1, 192.168.1.20:8080 or [fd00::20]:8080."
-        raise CliError(f"'{text}' is no address of a node: {error}", fix=fix, exit_code=USAGE) from error
+        raise _no_address(text, str(error)) from error
+
+
+def _no_address(text: str, reason: str) -> CliError:
+    fix = "Write it like gpu1, 192.168.1.20:8080 or [fd00::20]:8080."
+    return CliError(f"'{text}' is no address of a node: {reason}", fix=fix, exit_code=USAGE)
 
 
 def _remove(arguments: argparse.Namespace, here: ClusterHere, host: str, port: int) -> int:
@@ -195,7 +209,7 @@ def _explained(error: LinkError, host: str, greeting: Greeting) -> CliError:
     elif "cluster token" in message:
         fix = (
             "The tokens differ: run 'llama-mesh token show' there and"
-            f" 'llama-mesh join {host} --token TOKEN' here (with --force if another one is here)."
+            f" 'llama-mesh join {host} --token -' here (with --force if another one is here)."
         )
     elif "refused this node" in message:
         own = trust_command(greeting.node_id, greeting.identity.key)

@@ -12,8 +12,17 @@ from mesh.cli.failure import OK, USAGE, CliError
 from mesh.cli.output import print_json, print_table, print_warnings, stderr_console, stdout_console
 from mesh.core.node_state import PeerKey
 from mesh.net import known_peers
-from mesh.net.keys import KEY_VARIABLE, fingerprint, key_text, load_identity, parse_key, rotate_key, rotated_from
-from mesh.net.known_peers import Change, Entry, KnownPeers, Standing, decode_name, encode_name
+from mesh.net.keys import (
+    KEY_VARIABLE,
+    fingerprint,
+    key_text,
+    load_identity,
+    looks_like_key,
+    parse_key,
+    rotate_key,
+    rotated_from,
+)
+from mesh.net.known_peers import NAMELESS, Change, Entry, KnownPeers, Standing, decode_name, encode_name
 from mesh.net.trust import allowed_keys, today
 
 
@@ -45,7 +54,8 @@ def show(arguments: argparse.Namespace) -> int:
 def trust(arguments: argparse.Namespace) -> int:
     """Accept a key for a node, from now on."""
     here = cluster_here(arguments)
-    node_id, key = _name(arguments.node), _key(arguments.key)
+    node_id = _name(arguments.node)
+    key = _key(arguments.key, known_peers.read(here.files.known_peers)[0])
     known = _update(here, partial(known_peers.trust, node_id=node_id, key=key, today=today()))
     allowed = allowed_keys(here.settings.cluster.noise)
     remark = None
@@ -61,7 +71,11 @@ def revoke(arguments: argparse.Namespace) -> int:
     known, _ = known_peers.read(here.files.known_peers)
     key = _find(known, arguments.target)
     known = _update(here, partial(known_peers.revoke, key=key, today=today()))
-    _report(arguments, here, known.by_key[key], "is revoked; a running node drops its links", None)
+    remark = "this holds for this node only: run it on every other one, too"
+    successor = known.by_key[key].successor
+    if successor is not None and not known.refused(successor):
+        remark += f"; the key that took its place, {fingerprint(successor)}, is another one and stays trusted"
+    _report(arguments, here, known.by_key[key], "is revoked here; a running node drops its links", remark)
     return OK
 
 
@@ -75,7 +89,7 @@ def rotate(arguments: argparse.Namespace) -> int:
             f" {here.files.previous_key}.",
         )
     load_identity(here.settings.cluster.noise, os.environ)  # makes the first one
-    old, new = rotate_key(here.files)
+    old, new = rotate_key(here.files, force=arguments.force)
     if arguments.json:
         print_json({"key": key_text(new), "fingerprint": fingerprint(new), "replaces": key_text(old),
                     "path": str(here.files.key), "previous_path": str(here.files.previous_key)})  # fmt: skip
@@ -84,8 +98,8 @@ def rotate(arguments: argparse.Namespace) -> int:
     console.print(f"new key   {key_text(new)}  {fingerprint(new)}", markup=False)
     console.print(f"replaces  {key_text(old)}  {fingerprint(old)}", markup=False)
     stderr_console().print(
-        f"Restart the node to use it. Keep {here.files.previous_key} until all others have met the new key."
-        " Where this node is in cluster.noise.allowed_keys, the old key may stay; put the new one in at leisure.",
+        f"Restart the node to use it. Keep {here.files.previous_key} until all others have met the new key, then remove"
+        " it. Where this node is in cluster.noise.allowed_keys, the old key may stay; put the new one in at leisure.",
         markup=False,
         soft_wrap=True,
     )
@@ -106,12 +120,20 @@ def _name(text: str) -> str:
         name = decode_name(text)
     except ValueError as error:
         raise CliError(str(error), exit_code=USAGE) from error
-    if name.startswith("ed25519:"):
-        raise CliError("the node comes first, then its key", fix="llama-mesh keys trust NODE KEY", exit_code=USAGE)
+    if looks_like_key(name):
+        raise CliError(
+            "the node comes first, then its key; a node is not called like a key or a fingerprint",
+            fix="llama-mesh keys trust NODE KEY",
+            exit_code=USAGE,
+        )
     return name
 
 
-def _key(text: str) -> PeerKey:
+def _key(text: str, known: KnownPeers) -> PeerKey:
+    """Return the key that *text* spells, or whose fingerprint it is."""
+    found = [entry.key for entry in known.entries if fingerprint(entry.key) == text.strip().lower()]
+    if len(found) == 1:
+        return found[0]
     try:
         return parse_key(text)
     except ValueError as error:
@@ -119,15 +141,25 @@ def _key(text: str) -> PeerKey:
 
 
 def _find(known: KnownPeers, target: str) -> PeerKey:
-    """Return the key that *target* means: a key itself, a fingerprint, or the trusted key of a node."""
-    if target.startswith("ed25519"):
-        return _key(target)
+    """Return the key that *target* means: a key itself or a fingerprint, else the trusted key of the node, or its only.
+
+    What looks like a key is never taken for a name: others choose their names.
+    """
+    if looks_like_key(target):
+        return _key(target, known)
     name = _name(target)
     if name in known.by_name:
         return known.by_name[name].key
-    found = [entry.key for entry in known.entries if target == fingerprint(entry.key) or entry.node_id == name]
+    found = [entry for entry in known.entries if entry.node_id == name and name != NAMELESS]
+    if len(found) > 1:
+        keys = ", ".join(f"{fingerprint(entry.key)} ({entry.standing})" for entry in found)
+        raise CliError(
+            f"'{encode_name(name)}' has several keys, none of them trusted: {keys}",
+            fix="Say which one is meant: 'llama-mesh keys revoke FINGERPRINT'.",
+            exit_code=USAGE,
+        )
     if found:
-        return found[-1]
+        return found[0].key
     names = ", ".join(sorted(map(encode_name, known.by_name))) or "none"
     raise CliError(f"no node '{encode_name(name)}' is known here; known are: {names}",
                    fix="Give its key instead: 'llama-mesh keys revoke ed25519:...'.")  # fmt: skip

@@ -10,7 +10,7 @@ from mesh.cli.cluster_files import ClusterHere, cluster_here, write_errors_expla
 from mesh.cli.failure import OK, CliError
 from mesh.cli.output import print_json, print_warnings, stderr_console
 from mesh.files import PRIVATE, create_file, locked, private_directory, replace_file
-from mesh.net.token import TOKEN_VARIABLE, FoundToken, Token, find_token, new_token
+from mesh.net.token import TOKEN_VARIABLE, FoundToken, Token, find_token, new_token, weakness
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -20,12 +20,14 @@ def show(arguments: argparse.Namespace) -> int:
     if found is None:
         raise CliError(
             f"there is no cluster token: neither {TOKEN_VARIABLE} nor {here.files.token}",
-            fix="Make one with 'llama-mesh token new', or bring one along with 'llama-mesh join HOST --token TOKEN'.",
+            fix="Make one with 'llama-mesh token new', or bring one along with 'llama-mesh join HOST --token -'.",
         )
+    weak = weakness(found.token)
     if arguments.json:
-        print_json({"token": _text(found.token), "source": found.source})
+        print_json({"token": _text(found.token), "source": found.source, "warning": weak})
         return OK
     print(_text(found.token))
+    print_warnings(stderr_console(), [weak] if weak else [])
     if sys.stdout.isatty():
         print_warnings(stderr_console(), ["this is a secret: whoever has it can join the mesh"])
     stderr_console().print(f"from {_described(found)}", markup=False, style="bright_black", soft_wrap=True)
@@ -68,7 +70,9 @@ def _say_what_is_next(here: ClusterHere) -> None:
     console = stderr_console()
     console.print(f"kept in {here.files.token}, for this user only", markup=False, soft_wrap=True)
     console.print("On every other box, either of:", markup=False)
-    console.print("  llama-mesh join THIS-HOST --token TOKEN", markup=False)
+    console.print(
+        "  llama-mesh join THIS-HOST --token -     asks for it, so that 'ps' shows it to nobody", markup=False
+    )
     console.print("  CLUSTER_TOKEN=TOKEN in the environment of 'llama-mesh serve'", markup=False)
     console.print("A node that runs already needs a restart to use it.", markup=False)
 

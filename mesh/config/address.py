@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import re
 
-_HOST_NAME = re.compile(
-    r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*"
-)
+#: Labels that are longer do not only not exist: the resolver raises ``UnicodeError`` for them.
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 
 _ACCEPTED = "expected address:port, for example 127.0.0.1:8080, 0.0.0.0:8080 or [::]:8080"
 

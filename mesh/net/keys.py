@@ -33,8 +33,8 @@ from mesh.net.cluster_files import ClusterFiles, cluster_files
 from mesh.net.token import Token, load_token, psk_of
 
 __all__ = [
-    "Identity", "Token", "fingerprint", "key_text", "load_identity", "load_token", "parse_key", "psk_of",
-    "rotate_key", "rotated_from", "verify",
+    "Identity", "Token", "fingerprint", "key_text", "load_identity", "load_token", "looks_like_key", "parse_key",
+    "psk_of", "rotate_key", "rotated_from", "verify",
 ]  # fmt: skip
 
 _log = Log(__name__)
@@ -47,6 +47,7 @@ _SEED_COMMENT = "# The private key of this llama-mesh node. Whoever has it is th
 #: 32 bytes; the "=" at the end gets lost when a word is selected with the mouse.
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{43}=?")
 _HEX = re.compile(r"[0-9A-Fa-f]{64}")
+_FINGERPRINT = re.compile(r"[a-z2-7]{5}(-[a-z2-7]{5}){3}")
 
 #: Parts of the protocol, as the labels of ``mesh.net.token`` are. Each use of a key has a label of its own, so that
 #: nothing made for one purpose can serve another.
@@ -103,6 +104,12 @@ def key_text(key: PeerKey) -> str:
     return _KEY + base64.b64encode(key).decode()
 
 
+def looks_like_key(text: str) -> bool:
+    """Whether *text* is spelled like a key or a fingerprint, so that as a name it would be mistaken for one."""
+    word = text.strip().lower()
+    return word.startswith("ed25519") or _FINGERPRINT.fullmatch(word) is not None
+
+
 def parse_key(text: str) -> PeerKey:
     """Return the key that *text* spells; raise ``ValueError``, which does not repeat it: it may be a secret."""
     word = text.strip()
@@ -142,14 +149,23 @@ def load_identity(noise: Noise, environ: Mapping[str, str]) -> Identity:
     return Identity.of_seed(seed, _previous_seed(files, asked_for=noise.previous_key_path is not None))
 
 
-def rotate_key(files: ClusterFiles) -> tuple[PeerKey, PeerKey]:
+def rotate_key(files: ClusterFiles, *, force: bool = False) -> tuple[PeerKey, PeerKey]:
     """Make a new key, keep the present one as the previous; return both, the old one first.
 
-    A crash in between leaves the present key in both files, which is no rotation.
+    Raise ``ConfigError`` if there is a previous one, unless *force* says that it may go: a statement covers one step,
+    so whoever knows only the key before the last would refuse this node. A crash in between leaves the present key in
+    both files, which is no rotation.
     """
     with _errors_named(files.key), locked(files.key):
         seed = secrets.token_bytes(32)
         old_seed = _parse_seed(_text(read_private(files.key)), str(files.key))
+        if not force and _previous_seed(files, asked_for=False) not in (None, old_seed):
+            raise ConfigError(
+                f"this node's key was rotated before: {files.previous_key} is still there. Nodes that have not heard"
+                " of that rotation know only that key; after another one they refuse this node until 'llama-mesh keys"
+                f" trust' is run on each of them. Once all have met the present key, run 'rm {files.previous_key}' and"
+                " rotate again; --force rotates now"
+            )
         private_directory(files.previous_key.parent)
         replace_file(files.previous_key, _seed_file(old_seed), mode=PRIVATE)
         replace_file(files.key, _seed_file(seed), mode=PRIVATE)

@@ -1,6 +1,6 @@
 """The file ``known_peers``: one key a line, with the name of its node and what is thought of it; people may edit it.
 
-    node_id  ed25519:...  [trusted | revoked | rotated]  [since, a date]  [of a rotated key: the key that replaced it]
+    node_id  ed25519:...  [trusted | revoked | rotated]  [since, a date]  [the key that replaced it, unless trusted]
 
 Comments (``#``) and lines that are not touched stay as they are. A key has one line; of the lines that are trusted,
 each has another name. A file that breaks these rules is refused as a whole, with its lines, and never written over.
@@ -34,7 +34,7 @@ _UNENCODED = bytes(code for code in range(0x21, 0x7F) if code not in b"%#").deco
 class Standing(StrEnum):
     TRUSTED = "trusted"
     REVOKED = "revoked"  # refused until somebody trusts it again by hand
-    ROTATED = "rotated"  # its owner replaced it; refused like a revoked one
+    ROTATED = "rotated"  # its owner replaced it; refused like a revoked one. Revoked later, it keeps its successor
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,11 @@ class KnownPeers:
         self.by_key = {line.entry.key: line.entry for line in self._lines if line.entry}
         trusted = (entry for entry in self.by_key.values() if entry.standing is Standing.TRUSTED)
         self.by_name = {entry.node_id: entry for entry in trusted}
+        self._revoked_names = {
+            entry.node_id: entry
+            for entry in self.by_key.values()
+            if entry.standing is Standing.REVOKED and entry.successor is None and entry.node_id != NAMELESS
+        }
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -82,6 +87,23 @@ class KnownPeers:
         """Whether *key* is not to be accepted, whatever else speaks for it."""
         entry = self.by_key.get(key)
         return entry is not None and entry.standing is not Standing.TRUSTED
+
+    def reserved(self, node_id: str) -> Entry | None:
+        """Return the revoked entry that keeps *node_id* from others: a name that is known must not pass on by itself.
+
+        None if somebody is trusted under it, or its owner only replaced the key.
+        """
+        return None if node_id in self.by_name else self._revoked_names.get(node_id)
+
+    @property
+    def refusals(self) -> tuple[Entry, ...]:
+        """The entries that are not trusted."""
+        return tuple(entry for entry in self.by_key.values() if entry.standing is not Standing.TRUSTED)
+
+    def with_others(self, entries: Iterable[Entry]) -> KnownPeers:
+        """Return these with those of *entries* at the end whose keys are not here."""
+        new = [entry for entry in entries if entry.key not in self.by_key]
+        return KnownPeers((*self._lines, *(_Line(str(entry), entry) for entry in new))) if new else self
 
     def with_entry(self, entry: Entry) -> KnownPeers:
         """Return these with *entry* in the place of its key's line, or at the end; the line's comment stays."""
@@ -151,7 +173,7 @@ def _parse_line(text: str) -> Entry | None:
         standing = Standing(words.pop(0).lower())
     since = words.pop(0) if words and _DATE.fullmatch(words[0]) else ""
     successor = None
-    if words and standing is Standing.ROTATED:
+    if words and standing is not Standing.TRUSTED:
         successor = parse_key(words.pop(0))
     if words:
         raise ValueError(f"{words[0]!r} is not understood; behind the key: trusted, revoked or rotated, then a date")
@@ -269,8 +291,8 @@ def trust(known: KnownPeers, node_id: str, key: PeerKey, today: str) -> KnownPee
 
 
 def revoke(known: KnownPeers, key: PeerKey, today: str) -> KnownPeers:
-    """Return *known* with *key* refused, be it known or not."""
+    """Return *known* with *key* refused, be it known or not. What took its place is another key and keeps its trust."""
     entry = known.by_key.get(key, Entry(NAMELESS, key))
     if entry.standing is Standing.REVOKED:
         return known
-    return known.with_entry(replace(entry, standing=Standing.REVOKED, since=today, successor=None))
+    return known.with_entry(replace(entry, standing=Standing.REVOKED, since=today))

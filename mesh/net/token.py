@@ -10,14 +10,17 @@ import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from mesh.config.settings import Noise
 from mesh.errors import ConfigError
 from mesh.files import read_private
+from mesh.logs import Log
 from mesh.net.cluster_files import cluster_files
+
+_log = Log(__name__)
 
 TOKEN_VARIABLE = "CLUSTER_TOKEN"
 
@@ -25,9 +28,16 @@ SHORTEST = 16
 _LONGEST = 4096
 _NEW_TOKEN_BYTES = 24
 
-#: Part of the protocol: nodes whose labels differ cannot speak with each other.
-_SALT = b"llama-mesh"
-_INFO = b"llama-mesh cluster token to noise psk v1"
+#: 128 random bits in base64 are 22 characters. Fewer distinct ones than this are a pattern or a repeated word; of 22
+#: random hexadecimal digits, one in a thousand has so few.
+_RANDOM_LENGTH = 22
+_RANDOM_DISTINCT = 8
+
+#: Parts of the protocol: nodes whose values differ cannot speak with each other. Whoever a node dials can test guesses
+#: of the token at home (against the third handshake message), so each guess has to cost something: here
+#: 32 MiB of memory and about 60 ms of a core. The salt is the same for all: what the nodes share is the token alone.
+_SALT = b"llama-mesh cluster token to noise psk v2"
+_SCRYPT_N, _SCRYPT_R, _SCRYPT_P = 2**15, 8, 1
 
 
 class Token(bytes):
@@ -51,9 +61,16 @@ class FoundToken:
 
 
 def load_token(noise: Noise, environ: Mapping[str, str]) -> Token | None:
-    """Return the cluster's token, None if there is none. Raise ``ConfigError`` if it must not be used."""
+    """Return the cluster's token, None if there is none. Raise ``ConfigError`` if it must not be used.
+
+    Warn of one that can be guessed, once.
+    """
     found = find_token(noise, environ)
-    return found.token if found else None
+    if found is None:
+        return None
+    if weak := weakness(found.token):
+        _warn_of_weak_token(found.source, weak)
+    return found.token
 
 
 def find_token(noise: Noise, environ: Mapping[str, str]) -> FoundToken | None:
@@ -85,11 +102,30 @@ def parse_token(content: bytes, source: str) -> Token:
     return Token(token)
 
 
+def weakness(token: bytes) -> str | None:
+    """Return why *token* does not look random, in words for its owner; None if it does."""
+    if len(token) < _RANDOM_LENGTH:
+        reason = f"it has only {len(token)} characters"
+    elif len(set(token)) < _RANDOM_DISTINCT:
+        reason = f"it has only {len(set(token))} different characters"
+    else:
+        return None
+    return (
+        f"the cluster token does not look random ({reason}), and whoever is in reach of a node's network can test"
+        " guesses; 'llama-mesh token new' makes a good one"
+    )
+
+
+@cache  # once is enough
+def _warn_of_weak_token(source: str, weak: str) -> None:
+    _log.warning(weak, source=source)
+
+
 def new_token() -> Token:
     """Return a token that nobody can guess: 192 random bits, in letters that every shell leaves alone."""
     return Token(secrets.token_hex(_NEW_TOKEN_BYTES).encode())
 
 
 def psk_of(token: bytes) -> bytes:
-    """Return the 32-byte pre-shared key of Noise that *token* stands for."""
-    return HKDF(algorithm=SHA256(), length=32, salt=_SALT, info=_INFO).derive(bytes(token))
+    """Return the 32-byte pre-shared key of Noise that *token* stands for. Slow on purpose: once, at the start."""
+    return Scrypt(salt=_SALT, length=32, n=_SCRYPT_N, r=_SCRYPT_R, p=_SCRYPT_P).derive(bytes(token))

@@ -4,9 +4,11 @@
 2. With ``allowed_keys``, these keys are trusted, and those that took their place by a rotation statement; no others.
    A name that belongs to another of them is refused: two nodes must not share one.
 3. Without, a known name needs its known key, or a rotation statement of that key. A known key may change its name.
+   The name of a revoked key stays its own, unless that was replaced, until somebody trusts another key under it.
 4. What is not known is remembered (trust on first use), or refused if ``cluster.noise.tofu`` is false.
 
-Decisions are made in memory at once; ``mesh.net.peer_store`` writes the file behind them. One event loop owns it.
+This node's own name is nobody else's, whatever the rules say. Decisions are made in memory at once;
+``mesh.net.peer_store`` writes the file behind them. One event loop owns it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from mesh.errors import UntrustedPeerError
 from mesh.logs import Log
 from mesh.net import known_peers
 from mesh.net.cluster_files import cluster_files
-from mesh.net.keys import fingerprint, key_text, parse_key, rotated_from
-from mesh.net.known_peers import Change, KnownPeers, encode_name
+from mesh.net.keys import fingerprint, key_text, looks_like_key, parse_key, rotated_from
+from mesh.net.known_peers import NAMELESS, Change, KnownPeers, encode_name
 from mesh.net.peer_store import PeerStore
 
 _log = Log(__name__)
@@ -41,9 +43,13 @@ def today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def load_trust(noise: Noise) -> Trust:
-    """Return what *noise* and its ``known_peers`` say; raise ``ConfigError`` if either is not valid."""
-    return Trust(cluster_files(noise).known_peers, allowed=allowed_keys(noise), tofu=noise.tofu)
+def load_trust(noise: Noise, *, node_id: str | None = None, key: PeerKey | None = None) -> Trust:
+    """Return what *noise* and its ``known_peers`` say; raise ``ConfigError`` if either is not valid.
+
+    *node_id* and *key* are this node's own.
+    """
+    path = cluster_files(noise).known_peers
+    return Trust(path, allowed=allowed_keys(noise), tofu=noise.tofu, node_id=node_id, key=key)
 
 
 def allowed_keys(noise: Noise) -> frozenset[PeerKey]:
@@ -64,11 +70,19 @@ class Trust:
     """The rules, over the file's content and what is still to be written to it."""
 
     def __init__(
-        self, path: Path, *, allowed: Iterable[PeerKey] = (), tofu: bool = True, today: Callable[[], str] = today
+        self,
+        path: Path,
+        *,
+        allowed: Iterable[PeerKey] = (),
+        tofu: bool = True,
+        node_id: str | None = None,
+        key: PeerKey | None = None,
+        today: Callable[[], str] = today,
     ) -> None:
         """Read the file; raise ``ConfigError`` if it is not valid: there is nothing to fall back on yet."""
         self._pinned = frozenset(allowed)
         self._tofu = tofu
+        self._own = node_id, key
         self._today = today
         self._dropped: set[PeerKey] = set()  #: not trusted any more, not yet told by ``reload``
         self._store = PeerStore(path, self._changed)
@@ -87,6 +101,11 @@ class Trust:
     def admit(self, key: PeerKey, node_id: str, rotation: bytes | None = None) -> None:
         """Let *key*, whose possession was proven, in as *node_id*, and remember it. Raise ``UntrustedPeerError``."""
         _check_name(node_id)
+        if self._is_our_name(key, node_id):
+            raise UntrustedPeerError(
+                f"this node is called {_shown(node_id)}, too: give one of them another node_id; the other one has the"
+                f" key {fingerprint(key)}"
+            )
         if self.known.refused(key):
             raise UntrustedPeerError(self._why_refused(key, node_id))
         old = rotated_from(rotation, key) if rotation else None
@@ -105,11 +124,20 @@ class Trust:
             change = self._admit_allowed(key, node_id)
         else:
             change = self._admit_known(key, node_id)
-        self._store.apply(about, change)
+        entry = self.known.by_key.get(key)
+        renamed = entry is not None and entry.node_id != node_id
+        self._store.apply(about, change, later=renamed)  # two machines with one key rename it all day long
+
+    def _is_our_name(self, key: PeerKey, node_id: str) -> bool:
+        """Whether *node_id* is this node's own and *key* is not."""
+        own_name, own_key = self._own
+        return node_id == own_name and key != own_key
 
     def allows(self, key: PeerKey, node_id: str) -> bool:
         """Whether what others say of *key* as *node_id* is of interest. Learns nothing, touches no disk."""
-        if self.known.refused(key) or (self._pinned and key not in self._allowed):
+        if self.known.refused(key) or self._is_our_name(key, node_id):
+            return False
+        if key not in self._allowed if self._pinned else self.known.reserved(node_id) is not None:
             return False
         holder = self.known.by_name.get(node_id)
         if holder is not None and holder.key != key:
@@ -127,6 +155,8 @@ class Trust:
         if old not in self._allowed if self._pinned else old not in self.known.by_key:
             return False
         if self._replaces_refused(old, key, even_if_known=True):
+            return False
+        if not self._pinned and self.known.reserved(node_id) is not None:
             return False
         holder = self.known.by_name.get(node_id)
         return holder is None or holder.key in (old, key) or bool(self._name_taken_from(key, node_id))
@@ -153,6 +183,8 @@ class Trust:
         holder = self.known.by_name.get(node_id)
         if holder is not None and holder.key != key:
             raise UntrustedPeerError(self._another_key(key, node_id, holder.key))
+        if (revoked := self.known.reserved(node_id)) is not None:
+            raise UntrustedPeerError(self._name_of_revoked(key, node_id, revoked.key))
         if key not in self.known.by_key:
             if not self._tofu:
                 raise UntrustedPeerError(self._unknown(key, node_id))
@@ -191,6 +223,12 @@ class Trust:
             f" To accept the new key: {trust_command(node_id, key)}"
         )
 
+    def _name_of_revoked(self, key: PeerKey, node_id: str, revoked: PeerKey) -> str:
+        return (
+            f"node {_shown(node_id)} has the key {fingerprint(key)}, but this name belongs to {fingerprint(revoked)},"
+            f" which is revoked ({self._store.path}). To accept the new key: {trust_command(node_id, key)}"
+        )
+
     def _unknown(self, key: PeerKey, node_id: str) -> str:
         return (
             f"node {_shown(node_id)} with the key {fingerprint(key)} is not known, and cluster.noise.tofu is false;"
@@ -200,9 +238,17 @@ class Trust:
     def reload(self) -> frozenset[PeerKey]:
         """Look whether the file changed, and take it over if it is valid; return the keys that lost their trust.
 
-        Cheap while nothing changed: call it every second.
+        Blocks; ``refresh`` does not.
         """
         self._store.look()
+        return self._take_dropped()
+
+    async def refresh(self) -> frozenset[PeerKey]:
+        """Do as ``reload``, with the disk left to a thread: call it every second. Never waits long for a disk."""
+        await self._store.refresh()
+        return self._take_dropped()
+
+    def _take_dropped(self) -> frozenset[PeerKey]:
         dropped = frozenset(self._dropped)
         self._dropped.clear()
         return dropped
@@ -236,8 +282,10 @@ def _with_successors(pinned: frozenset[PeerKey], known: KnownPeers) -> frozenset
 
 
 def _check_name(node_id: str) -> None:
-    if not node_id or len(encode_name(node_id)) > _LONGEST_NAME or not node_id.isprintable():
+    if not node_id or len(encode_name(node_id)) > _LONGEST_NAME or not node_id.isprintable() or node_id == NAMELESS:
         raise UntrustedPeerError("a node without a sane name")
+    if looks_like_key(node_id):  # 'llama-mesh keys revoke' would not know which one is meant
+        raise UntrustedPeerError(f"a node must not be called like a key or a fingerprint, as {_shown(node_id)} is")
 
 
 def _shown(node_id: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import json
 import socket
@@ -106,6 +107,44 @@ def test_the_token_from_stdin(
     assert (home / "cluster.token").read_text() == f"{TOKEN}\n"
     said = capsys.readouterr()
     assert TOKEN not in said.out + said.err
+    assert "'ps'" not in said.err
+
+
+def test_the_token_from_a_terminal_is_not_echoed(
+    other: OtherNode, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: TOKEN)
+    assert run(["join", other.address, "--token", "-"]) == 0
+    assert (home / "cluster.token").read_text() == f"{TOKEN}\n"
+
+
+def test_a_token_in_the_arguments_works_and_draws_a_warning(
+    other: OtherNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trap 101."""
+    assert run(["join", other.address, "--token", TOKEN]) == 0
+    said = capsys.readouterr()
+    assert "others can see a token in the arguments of a command, with 'ps'" in said.err
+    assert TOKEN not in said.out + said.err
+
+
+def test_a_token_that_can_be_guessed_draws_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLUSTER_TOKEN", "homelab-cluster-1")
+    with other_node(tmp_path / "other", token="homelab-cluster-1") as other:
+        assert run(["join", other.address, "--json"]) == 0
+    assert "does not look random" in " ".join(json.loads(capsys.readouterr().out)["remarks"])
+
+
+def test_two_nodes_of_one_name(
+    other: OtherNode, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMESH_NODE_ID", "other")
+    assert run(["join", other.address, "--token", TOKEN]) == 1
+    assert "this node is called 'other', too: give one of them another node_id" in capsys.readouterr().err
+    assert peers(home) == ""
 
 
 def test_a_key_that_cannot_be_kept_is_told(other: OtherNode, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +161,7 @@ def test_a_wrong_token(other: OtherNode, home: Path, tmp_path: Path, capsys: pyt
     assert run(["join", other.address, "--token", "another token, long enough"]) == 1
     error = capsys.readouterr().err
     assert "The tokens differ: run 'llama-mesh token show' there" in error
+    assert "--token -' here" in error
     assert not (home / "cluster.token").exists()
     assert peers(home) == ""
     assert names(home) == []
@@ -240,10 +280,18 @@ def test_host_and_port(tmp_path: Path, home: Path, given: str, config: str, dial
     assert peers(home) == f"{host}:{dialled[1]}\n"
 
 
-@pytest.mark.parametrize("given", ["gpu1:x", "gpu1:0", "", "gpu1:99999", "a b", ":8080"])
+@pytest.mark.parametrize("given", ["gpu1:x", "gpu1:0", "", "gpu1:99999", "a b", ":8080", "a" * 64 + ".local"])
 def test_what_is_no_address(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["join", given, "--token", TOKEN]) == 2
     assert "Write it like gpu1" in capsys.readouterr().err
+
+
+def test_a_name_that_the_resolver_cannot_spell() -> None:
+    def probe(greeting: Greeting) -> PeerIdentity:
+        raise UnicodeError("label empty or too long")
+
+    with pytest.raises(CliError, match="'gpu1' is no address of a node"):
+        join(parser.parse(["join", "gpu1", "--token", TOKEN]), probe)
 
 
 def test_an_error_without_advice_stays_as_it_is() -> None:

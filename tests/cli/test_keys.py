@@ -99,7 +99,9 @@ def test_trust_and_revoke(home: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert standings(home) == {"gpu1 00": "revoked", "gpu1 01": "trusted"}
     assert run(["keys", "revoke", "gpu1"]) == 0
     assert standings(home) == {"gpu1 00": "revoked", "gpu1 01": "revoked"}
-    assert "is revoked; a running node drops its links" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "is revoked here; a running node drops its links" in said.out
+    assert "this holds for this node only: run it on every other one, too" in said.err
     assert run(["keys", "trust", "gpu1", key_text(A), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["node_id"], result["state"], result["remark"]) == ("gpu1", "trusted", None)
@@ -110,6 +112,43 @@ def test_what_can_be_revoked(home: Path, target: str) -> None:
     run(["keys", "trust", "gpu1", key_text(A)])
     assert run(["keys", "revoke", target]) == 0
     assert standings(home) == {"gpu1 00": "revoked"}
+
+
+def test_a_fingerprint_is_never_a_name(home: Path) -> None:
+    """A node that is called like another's fingerprint: it came before such names were refused."""
+    home.mkdir(mode=0o700)
+    (home / "known_peers").write_text(f"evil {key_text(A)}\n{fingerprint(A)} {key_text(B)}\n")
+    assert run(["keys", "revoke", fingerprint(A).upper()]) == 0
+    assert standings(home) == {"evil 00": "revoked", f"{fingerprint(A)} 01": "trusted"}
+
+
+def test_a_revoked_key_is_trusted_again_by_its_fingerprint(home: Path) -> None:
+    run(["keys", "revoke", key_text(A)])
+    assert run(["keys", "trust", "gpu1", fingerprint(A)]) == 0
+    assert standings(home) == {"gpu1 00": "trusted"}
+
+
+def test_a_node_with_several_keys_of_which_none_is_trusted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.mkdir(mode=0o700)
+    content = f"gpu1 {key_text(A)} revoked\ngpu1 {key_text(B)} rotated\n"
+    (home / "known_peers").write_text(content)
+    assert run(["keys", "revoke", "gpu1"]) == 2
+    error = capsys.readouterr().err
+    assert f"{fingerprint(A)} (revoked)" in error
+    assert f"{fingerprint(B)} (rotated)" in " ".join(error.split())
+    assert (home / "known_peers").read_text() == content
+
+
+def test_revoking_a_replaced_key_leaves_its_successor_and_says_so(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home.mkdir(mode=0o700)
+    (home / "known_peers").write_text(f"gpu1 {key_text(A)} rotated 2026-01-02 {key_text(B)}\ngpu1 {key_text(B)}\n")
+    assert run(["keys", "revoke", fingerprint(A), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["state"], result["replaced_by"]) == ("revoked", key_text(B))
+    assert f"{fingerprint(B)}, is another one and stays trusted" in result["remark"]
+    assert standings(home) == {"gpu1 00": "revoked", "gpu1 01": "trusted"}
 
 
 def test_a_key_that_was_never_seen_can_be_revoked(home: Path) -> None:
@@ -128,6 +167,9 @@ def test_an_unknown_node_is_told_with_the_known_ones(capsys: pytest.CaptureFixtu
     [
         (["trust", "gpu1", "nonsense"], "KEY is not a key"),
         (["trust", key_text(A), "gpu1"], "the node comes first"),
+        (["trust", fingerprint(A), key_text(A)], "the node comes first"),
+        (["trust", "gpu1", fingerprint(A)], "KEY is not a key"),
+        (["revoke", fingerprint(A)], "KEY is not a key"),
         (["trust", "gpu1", "ed25519-seed:" + "A" * 44], "PRIVATE key"),
         (["revoke", "ed25519:short"], "KEY is not a key"),
     ],
@@ -167,6 +209,21 @@ def test_rotate(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
         other.admit(old.key, "gpu1", old.rotation)
     assert run(["keys", "show"]) == 0
     assert f"replaces     {key_text(old.key)}" in capsys.readouterr().out
+
+
+def test_rotating_again_needs_the_first_one_to_be_over(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["keys", "rotate"])
+    key = load_identity(Noise(), {}).key
+    capsys.readouterr()
+    assert run(["keys", "rotate"]) == 1
+    assert "--force rotates now" in " ".join(capsys.readouterr().err.split())
+    assert load_identity(Noise(), {}).key == key
+    assert run(["keys", "rotate", "--force"]) == 0
+    second = load_identity(Noise(), {}).key
+    assert second != key
+    (home / "node.key.previous").unlink()
+    assert run(["keys", "rotate"]) == 0
+    assert load_identity(Noise(), {}).key != second
 
 
 def test_rotate_of_a_key_from_the_environment(

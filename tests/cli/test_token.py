@@ -25,7 +25,7 @@ def test_new_makes_it_and_show_prints_nothing_else(home: Path, capsys: pytest.Ca
     made = capsys.readouterr()
     token = made.out.strip()
     assert len(token) == 48
-    assert "llama-mesh join THIS-HOST --token TOKEN" in made.err
+    assert "llama-mesh join THIS-HOST --token - " in made.err
     path = home / "cluster.token"
     assert path.read_text() == f"{token}\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -57,10 +57,14 @@ def test_json(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert made["path"] == str(home / "cluster.token")
     assert made["hidden_by_environment"] is False
     assert run(["token", "show", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"token": made["token"], "source": made["path"]}
+    assert json.loads(capsys.readouterr().out) == {
+        "token": made["token"], "source": made["path"], "warning": None,
+    }  # fmt: skip
     monkeypatch.setenv("CLUSTER_TOKEN", TOKEN)
     assert run(["token", "show", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"token": TOKEN, "source": "CLUSTER_TOKEN"}
+    assert json.loads(capsys.readouterr().out) == {
+        "token": TOKEN, "source": "CLUSTER_TOKEN", "warning": None,
+    }  # fmt: skip
 
 
 def test_the_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +86,20 @@ def test_a_terminal_is_warned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_none_yet(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["token", "show"]) == 1
-    assert "Make one with 'llama-mesh token new'" in capsys.readouterr().err
+    error = " ".join(capsys.readouterr().err.split())
+    assert "Make one with 'llama-mesh token new'" in error
+    assert "'llama-mesh join HOST --token -'" in error
+
+
+def test_one_that_can_be_guessed_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CLUSTER_TOKEN", "homelab-cluster-1")
+    assert run(["token", "show"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "homelab-cluster-1\n"
+    assert "does not look random" in shown.err
+    assert "'llama-mesh token new' makes a good one" in " ".join(shown.err.split())
+    assert run(["token", "show", "--json"]) == 0
+    assert "does not look random" in json.loads(capsys.readouterr().out)["warning"]
 
 
 def test_the_directory_of_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from mesh.config.address import join_address, split_address
         ("[fe80::1%eth0]:80", "fe80::1%eth0", 80),
         ("localhost:0", "localhost", 0),
         ("gpu-box.lan:65535", "gpu-box.lan", 65535),
+        (f"{'a' * 63}.lan:1", f"{'a' * 63}.lan", 1),
     ],
 )
 def test_round_trip(text: str, host: str, port: int) -> None:
@@ -35,6 +36,8 @@ def test_round_trip(text: str, host: str, port: int) -> None:
         ("127.0.0.1:http", "'http' is not a port"),
         ("127.0.0.1:70000", "'70000' is not a port"),
         ("127.0.0.300:80", "'127.0.0.300' is not an address"),
+        (f"{'a' * 64}.local:80", "is not an address"),
+        (f"{'a' * 63}.{'b' * 64}:80", "is not an address"),
         ("ho st:80", "'ho st' is not an address"),
         ("", "has no port"),
     ],

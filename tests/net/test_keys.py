@@ -22,6 +22,7 @@ from mesh.net.keys import (
     fingerprint,
     key_text,
     load_identity,
+    looks_like_key,
     parse_key,
     rotate_key,
     rotated_from,
@@ -290,6 +291,7 @@ def test_rotation_needs_no_change_of_the_configuration(tmp_path: Path) -> None:
     assert rotated_from(second.rotation, second.key) == first.key
     for name in ("node.key", "node.key.previous"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    (tmp_path / "node.key.previous").unlink()
     rotate_key(cluster_files(noise))
     third = load_identity(noise, {})
     assert third.rotation is not None
@@ -337,3 +339,37 @@ def test_a_directory_that_others_may_write_to_is_remarked(tmp_path: Path, caplog
     load_identity(noise_in(directory), {})
     load_identity(noise_in(directory), {})
     assert caplog.text.count("other users may replace this node's key") == 1
+
+
+def test_who_heard_of_neither_of_two_rotations_would_refuse_this_node(tmp_path: Path) -> None:
+    noise = noise_in(tmp_path)
+    load_identity(noise, {})
+    rotate_key(cluster_files(noise))
+    second = load_identity(noise, {})
+    with pytest.raises(ConfigError, match=rf"'rm {tmp_path}/node.key.previous' and rotate again; --force rotates now"):
+        rotate_key(cluster_files(noise))
+    assert load_identity(noise, {}).key == second.key
+    assert rotate_key(cluster_files(noise), force=True)[0] == second.key
+
+
+def test_a_rotation_that_a_crash_cut_short_does_not_count(tmp_path: Path) -> None:
+    noise = noise_in(tmp_path)
+    first = load_identity(noise, {})
+    (tmp_path / "node.key.previous").write_bytes((tmp_path / "node.key").read_bytes())
+    (tmp_path / "node.key.previous").chmod(0o600)
+    assert rotate_key(cluster_files(noise))[0] == first.key
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        (key_text(PeerKey(bytes(32))), True),
+        ("ED25519-box", True),
+        (fingerprint(PeerKey(bytes(32))), True),
+        (fingerprint(PeerKey(bytes(32))).upper(), True),
+        ("gpu-1", False),
+        ("abcde-abcde-abcde", False),
+    ],
+)
+def test_what_looks_like_a_key(text: str, is_one: bool) -> None:
+    assert looks_like_key(text) is is_one

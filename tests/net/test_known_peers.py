@@ -63,7 +63,8 @@ def test_the_format() -> None:
         ("gpu3 ed25519-seed:" + "A" * 44, "PRIVATE"),
         (f"gpu3 {key_text(C)} perhaps", "'perhaps' is not understood"),
         (f"gpu3 {key_text(C)} trusted yesterday", "'yesterday' is not understood"),
-        (f"gpu3 {key_text(C)} revoked {DAY} {key_text(D)}", "is not understood"),
+        (f"gpu3 {key_text(C)} trusted {DAY} {key_text(D)}", "is not understood"),
+        (f"gpu3 {key_text(C)} revoked {DAY} nobody", "is not a key"),
         (f"gpu3 {key_text(C)} rotated {DAY} nobody", "is not a key"),
         (f"gpu3 {key_text(A)}", "this key is in line 1 already"),
         (f"gpu3 {key_text(A)} revoked", "this key is in line 1 already"),
@@ -226,6 +227,21 @@ def test_trust_by_hand_revokes_the_other_key_of_the_node() -> None:
     back = known_peers.trust(known, "n", A, DAY)
     assert back.by_name["n"].key == A
     assert back.refused(B)
+
+
+def test_a_replaced_key_that_is_revoked_keeps_its_successor() -> None:
+    """It was stolen, and is in allowed_keys: the key that took its place must not lose its trust."""
+    known = known_peers.revoke(parsed(f"n {text_of(A)} rotated 2020-01-01 {text_of(B)}"), A, DAY)
+    assert known.entries == (Entry("n", A, Standing.REVOKED, DAY, B),)
+    assert parse(known.render(), "f").entries == known.entries
+    assert known_peers.trust(known, "n", A, DAY).entries == (Entry("n", A, since=DAY),)
+
+
+def test_the_name_of_a_revoked_key_is_reserved() -> None:
+    known = parsed(f"n {text_of(A)} revoked", f"m {text_of(B)} revoked {DAY} {text_of(C)}", f"- {text_of(D)} revoked")
+    assert known.reserved("n") == Entry("n", A, Standing.REVOKED)
+    assert [known.reserved(name) for name in ("m", "-", "x")] == [None, None, None]
+    assert known_peers.trust(known, "n", C, DAY).reserved("n") is None
 
 
 def test_a_key_that_is_not_known_can_be_revoked() -> None:

@@ -267,16 +267,219 @@ def test_an_editor_that_empties_or_removes_the_file_first_costs_nothing(
     assert len(seen) == 1
 
 
-def test_a_file_that_stays_away_is_an_empty_one(store: PeerStore, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def remove(path: Path) -> None:
     path.unlink()
-    store.look()
-    store.look()
-    store.look()
-    assert store.known.entries == ()
-    assert caplog.text.count("all known peers were removed") == 1
-    path.write_text(line("gpu2", B))
-    store.look()
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def only_a_comment(path: Path) -> None:
+    path.write_text("# managed\n")
+
+
+ROTATED = f"gpu3 {key_text(C)} rotated {DAY} {key_text(D)}\n"
+REFUSED = f"gpu2 {key_text(B)} revoked {DAY}\n{ROTATED}"
+
+
+@pytest.fixture
+def refusing(path: Path) -> PeerStore:
+    path.write_text(line("gpu1", A) + REFUSED)
+    return PeerStore(path, lambda before: None)
+
+
+def refused(path: Path) -> set[PeerKey]:
+    return {entry.key for entry in known_peers.read(path)[0].refusals}
+
+
+@pytest.mark.parametrize("spoil", [remove, empty, only_a_comment])
+def test_a_file_that_stays_away_or_empty_takes_no_refusal_back(
+    refusing: PeerStore, path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A volume that is not mounted, a tool that puts its own version there."""
+    spoil(path)
+    for _ in range(3):
+        refusing.look()
+        assert refusing.known.refused(B)
+        assert refusing.known.refused(C)
+    assert refusing.known.by_key[C].successor == D
+    assert not refusing.known.by_name
+    assert caplog.text.count("only its refusals stay in force") == 1
+    refusing.apply("d", learning("gpu4", D))
+    assert refused(path) == {B, C}
+    assert names(path) == {"gpu4"}
+
+
+def test_a_file_that_stays_away_is_made_again_at_once(refusing: PeerStore, path: Path) -> None:
+    path.unlink()
+    refusing.look()
+    assert not path.exists(), "an editor may be about to write it"
+    refusing.look()
+    assert refused(path) == {B, C}
+
+
+def test_an_empty_file_is_left_alone_until_there_is_something_to_write(refusing: PeerStore, path: Path) -> None:
+    path.write_bytes(b"")
+    for _ in range(200):
+        refusing.look()
+    assert path.read_bytes() == b""
+    assert refusing.known.refused(B)
+
+
+@pytest.mark.parametrize("looks", [0, 1, 2])
+def test_a_write_into_a_file_that_just_vanished_keeps_the_refusals(refusing: PeerStore, path: Path, looks: int) -> None:
+    path.unlink()
+    for _ in range(looks):
+        refusing.look()
+    refusing.apply("d", learning("gpu4", D))
+    assert refused(path) == {B, C} == {entry.key for entry in refusing.known.refusals}
+
+
+def test_a_command_that_writes_into_the_emptied_file_takes_back_only_what_it_says(
+    refusing: PeerStore, path: Path
+) -> None:
+    path.write_bytes(b"")
+    refusing.look()
+    refusing.look()
+    known_peers.update(path, partial(known_peers.trust, node_id="gpu2", key=B, today=DAY))
+    refusing.look()
+    assert refusing.known.by_name["gpu2"].key == B
+    assert refusing.known.refused(C)
+    path.write_text("# all over\n" + line("gpu1", A))
+    refusing.look()
+    assert not refusing.known.refused(B), "its line was there again, and went"
+
+
+def test_a_line_that_goes_while_others_stay_is_forgotten(refusing: PeerStore, path: Path) -> None:
+    path.write_text(line("gpu1", A) + ROTATED)
+    refusing.look()
+    assert not refusing.known.refused(B)
+    path.write_text(line("gpu1", A) + line("gpu3", C))
+    refusing.look()
+    assert not refusing.known.refused(C)
+
+
+# --- what may be written later
+
+
+def rename(store: PeerStore, node_id: str) -> None:
+    store.apply(("key", A), learning(node_id, A), later=True)
+
+
+async def test_a_name_that_changes_all_the_time_is_written_once_a_minute(
+    store: PeerStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    gate.opened.set()
+    for look in range(60):
+        rename(store, f"gpu{look}")
+        assert set(store.known.by_name) == {f"gpu{look}"}
+        await store.refresh()
+    assert gate.calls == 0
+    await store.refresh()
+    assert store._writer is not None
+    rename(store, "later")  # while the first one is written, or before
+    await store._writer
+    assert gate.calls == 1
+    for _ in range(60):
+        await store.refresh()
+    assert gate.calls == 1
+    await store.close()
+    assert names(path) == {"later"}
+
+
+async def test_what_waits_goes_with_what_does_not(store: PeerStore, path: Path) -> None:
+    rename(store, "other")
+    store.apply("b", learning("gpu2", B))
+    assert store._writer is not None
+    await store._writer
+    assert names(path) == {"other", "gpu2"}
+
+
+def test_without_a_loop_nothing_waits(store: PeerStore, path: Path) -> None:
+    rename(store, "other")
+    assert names(path) == {"other"}
+
+
+# --- looking in a thread
+
+
+class Eye:
+    """Stands in for `known_peers.stamp`: waits in its thread until it is opened, then does the real thing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.threads: list[threading.Thread] = []
+        self._real = known_peers.stamp
+        monkeypatch.setattr(known_peers, "stamp", self._stamp)
+
+    def _stamp(self, path: Path) -> Stamp:
+        self.threads.append(threading.current_thread())
+        stamp = self._real(path)
+        self.opened.wait()
+        return stamp
+
+
+async def test_a_look_takes_place_in_a_thread(store: PeerStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eye = Eye(monkeypatch)
+    eye.opened.set()
+    edit(path, line("gpu2", B))
+    await store.refresh()
     assert set(store.known.by_name) == {"gpu2"}
+    assert eye.threads[0] is not threading.main_thread()
+
+
+async def test_a_disk_that_hangs_costs_one_thread_and_nobodys_time(
+    store: PeerStore, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peer_store, "_LOOK_S", 0.0)
+    eye = Eye(monkeypatch)
+    edit(path, line("gpu2", B))
+    for _ in range(5):
+        await store.refresh()
+    assert len(eye.threads) <= 1
+    assert caplog.text.count("its disk does not answer") == 1
+    assert set(store.known.by_name) == {"gpu1"}
+    eye.opened.set()
+    assert store._looker is not None
+    await store._looker
+    assert len(eye.threads) == 1
+    assert set(store.known.by_name) == {"gpu2"}
+
+
+async def test_a_look_that_is_older_than_a_write_counts_for_nothing(
+    store: PeerStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eye = Eye(monkeypatch)
+    monkeypatch.setattr(peer_store, "_LOOK_S", 0.0)
+    edit(path, line("gpu3", C))
+    await store.refresh()
+    looker = store._looker
+    assert looker is not None
+    sights: list[object] = []
+    monkeypatch.setattr(store, "_see", sights.append)
+    store.apply("b", learning("gpu2", B))
+    assert store._writer is not None
+    await store._writer
+    eye.opened.set()
+    await looker
+    assert sights == []
+    assert set(store.known.by_name) == {"gpu2", "gpu3"}
+
+
+async def test_a_look_under_way_does_not_outlive_the_store(store: PeerStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_store, "_LOOK_S", 0.0)
+    eye = Eye(monkeypatch)
+    await store.refresh()
+    looker = store._looker
+    await store.close()
+    assert looker is not None
+    assert looker.done()
+    eye.opened.set()
+
+
+# --- both at once
 
 
 async def test_an_edit_during_a_write_is_not_missed(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.config.settings import Noise
 from mesh.errors import ConfigError
-from mesh.net.token import Token, find_token, load_token, new_token, parse_token, psk_of
+from mesh.net.token import Token, find_token, load_token, new_token, parse_token, psk_of, weakness
 
 GOOD = b"correct horse battery staple"
 
@@ -103,12 +102,49 @@ def test_it_does_not_show() -> None:
     assert bytes(token) == GOOD
 
 
-def test_the_key_of_it_is_hkdf_with_our_labels() -> None:
-    """RFC 5869, done by hand: nodes of all versions must agree on it."""
-    extracted = hmac.digest(b"llama-mesh", GOOD, hashlib.sha256)
-    expanded = hmac.digest(extracted, b"llama-mesh cluster token to noise psk v1\x01", hashlib.sha256)
-    assert psk_of(Token(GOOD)) == psk_of(GOOD) == expanded
-    assert psk_of(GOOD + b"x") != expanded
+def test_the_key_of_it_is_scrypt_with_our_salt() -> None:
+    """Nodes of all versions must agree on it, and a guess of the token must cost whoever listens 32 MiB."""
+    salt = b"llama-mesh cluster token to noise psk v2"
+    expected = hashlib.scrypt(GOOD, salt=salt, n=2**15, r=8, p=1, maxmem=2**26, dklen=32)
+    assert psk_of(Token(GOOD)) == psk_of(GOOD) == expected
+    assert psk_of(GOOD + b"x") != expected
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        (b"homelab-cluster-1", "only 17 characters"),
+        (b"x" * 21, "only 21 characters"),
+        (b"password" * 4, "only 7 different characters"),
+        (b"0123456789abcdef012345", None),
+        (GOOD, None),
+    ],
+)
+def test_what_does_not_look_random(token: bytes, said: str | None) -> None:
+    weak = weakness(token)
+    assert (weak is None) == (said is None)
+    if weak is not None and said is not None:
+        assert said in weak
+        assert "'llama-mesh token new' makes a good one" in weak
+        assert token.decode() not in weak
+
+
+def test_one_that_can_be_guessed_is_used_and_told_once(
+    noise: Noise, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trap 101."""
+    write(tmp_path, b"homelab-cluster-1")
+    assert load_token(noise, {}) == load_token(noise, {}) == b"homelab-cluster-1"
+    assert caplog.text.count("does not look random") == 1
+    assert "homelab" not in caplog.text
+
+
+def test_one_that_nobody_guesses_is_told_nothing_of(
+    noise: Noise, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, bytes(new_token()))
+    load_token(noise, {})
+    assert caplog.text == ""
 
 
 def test_new_ones_are_long_and_different_and_safe_in_a_shell() -> None:
@@ -116,5 +152,6 @@ def test_new_ones_are_long_and_different_and_safe_in_a_shell() -> None:
     assert len(tokens) == 50
     for token in tokens:
         assert parse_token(token, "x") == token
+        assert weakness(token) is None
         assert len(token) == 48
         assert token.isalnum()

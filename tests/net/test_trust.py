@@ -40,10 +40,16 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(path: Path) -> Make:
-    def make(*lines: str, allowed: tuple[PeerKey, ...] = (), tofu: bool = True) -> Trust:
+    def make(
+        *lines: str,
+        allowed: tuple[PeerKey, ...] = (),
+        tofu: bool = True,
+        node_id: str | None = None,
+        key: PeerKey | None = None,
+    ) -> Trust:
         if lines:
             path.write_text("".join(f"{line}\n" for line in lines))
-        return Trust(path, allowed=allowed, tofu=tofu, today=lambda: DAY)
+        return Trust(path, allowed=allowed, tofu=tofu, node_id=node_id, key=key, today=lambda: DAY)
 
     return make
 
@@ -125,10 +131,39 @@ def test_without_tofu_and_without_anything_all_are_refused_with_the_hint(make: M
     assert not path.exists()
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "x" * 600, "ß" * 100, "\x1b[2J"])
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 600, "ß" * 100, "\x1b[2J", "-"])
 def test_names_that_would_spoil_file_or_terminal_are_refused(make: Make, path: Path, name: str) -> None:
     assert refusal(make(), A, name) == "a node without a sane name"
     assert not path.exists()
+
+
+@pytest.mark.parametrize("name", [fingerprint(B), fingerprint(B).upper(), key_text(B), "ed25519-box"])
+def test_a_name_that_would_be_taken_for_a_key_is_refused(make: Make, path: Path, name: str) -> None:
+    """Somebody who revokes a key by its fingerprint must not hit the node that is called so."""
+    assert "called like a key or a fingerprint" in refusal(make(), A, name)
+    assert not path.exists()
+
+
+# --- this node's own name
+
+
+@pytest.mark.parametrize("allowed", [(), (A, B)])
+def test_nobody_else_is_called_like_this_node(make: Make, path: Path, allowed: tuple[PeerKey, ...]) -> None:
+    """Two fresh boxes are both called 'ubuntu': neither would be told from the other."""
+    trust = make(allowed=allowed, node_id="ubuntu", key=A)
+    message = refusal(trust, B, "ubuntu")
+    assert "this node is called 'ubuntu', too: give one of them another node_id" in message
+    assert fingerprint(B) in message
+    assert not trust.allows(B, "ubuntu")
+    assert trust.allows(A, "ubuntu")
+    assert not path.exists()
+    trust.admit(B, "debian")
+    assert "too: give one" in refusal(trust, B, "ubuntu"), "nor by a new name"
+
+
+def test_nobody_takes_this_nodes_name_by_rotating(make: Make) -> None:
+    trust = make(line("gpu1", FIRST.key), node_id="ubuntu", key=A)
+    assert "too: give one" in refusal(trust, SECOND.key, "ubuntu", SECOND.rotation)
 
 
 def test_whoever_has_the_token_cannot_fill_the_disk(make: Make, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +204,60 @@ def test_a_key_that_was_never_seen_can_be_revoked_too(make: Make, path: Path) ->
     trust = make(allowed=(A, B))
     known_peers.update(path, partial(known_peers.revoke, key=A, today=DAY))
     assert trust.reload() == {A}
+
+
+def test_the_name_of_a_revoked_key_is_not_free(make: Make, path: Path) -> None:
+    """Whoever has the token could come back under it with a key that was just made."""
+    trust = make(line("gpu1", A, "revoked"))
+    message = refusal(trust, B, "gpu1")
+    assert fingerprint(A) in message
+    assert command_in(message) == f"llama-mesh keys trust gpu1 {key_text(B)}"
+    assert not trust.allows(B, "gpu1")
+    trust.admit(B, "gpu2")
+    assert "which is revoked" in refusal(trust, B, "gpu1"), "nor by a new name"
+    known_peers.update(path, partial(known_peers.trust, node_id="gpu1", key=B, today=DAY))
+    trust.reload()
+    trust.admit(B, "gpu1")
+
+
+def test_the_name_of_a_revoked_key_is_not_taken_by_rotating(make: Make) -> None:
+    trust = make(line("gpu1", A, "revoked"), line("gpu2", FIRST.key))
+    assert "which is revoked" in refusal(trust, SECOND.key, "gpu1", SECOND.rotation)
+    trust.admit(SECOND.key, "gpu2", SECOND.rotation)
+
+
+def test_allowed_keys_are_enough_for_the_name_of_a_revoked_key(make: Make) -> None:
+    """A machine was set up anew: the operator has decided who may be called so."""
+    trust = make(line("gpu1", A, "revoked"), allowed=(B,))
+    assert trust.allows(B, "gpu1")
+    trust.admit(B, "gpu1")
+
+
+def test_refusals_outlive_the_file(make: Make, path: Path) -> None:
+    trust = make(line("gpu1", A, "revoked"), line("gpu2", B))
+    path.unlink()
+    for _ in range(3):
+        trust.reload()
+    refusal(trust, A, "gpu9")
+    refusal(make(), A, "gpu9")
+
+
+async def test_a_refresh_says_what_a_reload_says(make: Make, path: Path) -> None:
+    trust = make(line("gpu1", A), line("gpu2", B))
+    known_peers.update(path, partial(known_peers.revoke, key=A, today=DAY))
+    assert await trust.refresh() == {A}
+    assert await trust.refresh() == frozenset()
+    await trust.close()
+
+
+async def test_a_name_that_changes_is_known_at_once_and_written_later(make: Make, path: Path) -> None:
+    trust = make(line("old", A))
+    trust.admit(A, "new")
+    await trust.refresh()
+    assert set(trust.known.by_name) == {"new"}
+    assert set(known_peers.read(path)[0].by_name) == {"old"}
+    await trust.close()
+    assert set(known_peers.read(path)[0].by_name) == {"new"}
 
 
 def test_trust_by_hand_drops_the_nodes_other_key(make: Make, path: Path) -> None:
@@ -342,6 +431,23 @@ def test_allowed_keys_stand_for_their_successors(make: Make, path: Path, tofu: b
     refusal(again, FIRST.key, "gpu1")
 
 
+@pytest.mark.parametrize("allowed", [(), (FIRST.key,)])
+def test_a_replaced_key_that_is_revoked_does_not_drag_its_successor_along(
+    make: Make, path: Path, allowed: tuple[PeerKey, ...]
+) -> None:
+    """The old key was found on a disk that was sold."""
+    trust = make(line("gpu1", FIRST.key), allowed=allowed)
+    trust.admit(SECOND.key, "gpu1", SECOND.rotation)
+    trust.reload()
+    known_peers.update(path, partial(known_peers.revoke, key=FIRST.key, today=DAY))
+    assert trust.reload() == frozenset()
+    for each in (trust, make(allowed=allowed)):
+        assert each.allows(SECOND.key, "gpu1")
+        each.admit(SECOND.key, "gpu1", SECOND.rotation)
+        refusal(each, FIRST.key, "gpu1")
+        refusal(each, THIEF.key, "gpu1", THIEF.rotation)
+
+
 def test_a_successor_in_allowed_mode_takes_its_name_from_who_is_not_allowed(make: Make) -> None:
     trust = make(line("gpu1", A), allowed=(FIRST.key,))
     trust.admit(SECOND.key, "gpu1", SECOND.rotation)
@@ -455,7 +561,8 @@ def test_what_others_say_with_allowed_keys(make: Make) -> None:
 
 def test_the_settings_are_used(tmp_path: Path) -> None:
     noise = Noise(config_dir=str(tmp_path), allowed_keys=(f"{key_text(A)}",), tofu=False)
-    trust = load_trust(noise)
+    trust = load_trust(noise, node_id="own", key=B)
+    assert "this node is called 'own', too" in refusal(trust, A, "own")
     trust.admit(A, "gpu1")
     assert entries(tmp_path / "known_peers")
     refusal(trust, B, "gpu2")
