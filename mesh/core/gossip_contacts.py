@@ -17,6 +17,9 @@ FIRST_REST_S, LONGEST_REST_S = 1.0, 60.0
 #: Between tries of an address that answers, but whose owner does not come to be a member.
 _AGAIN_S = 5.0
 
+Lives = Callable[[PeerKey], bool]
+Known = Callable[[str], bool]  #: whether an address is this node's, or a living member's
+
 
 @dataclass(slots=True)
 class Contact:
@@ -33,10 +36,6 @@ class Contacts:
         self._random = random
         self._contacts: dict[str, Contact] = {}
 
-    @property
-    def any(self) -> bool:
-        return bool(self._contacts)
-
     def replace(self, addresses: Iterable[str]) -> None:
         """Take what discovery knows now; what it no longer knows is forgotten, unless it is being tried."""
         wanted = dict.fromkeys(addresses)
@@ -45,14 +44,14 @@ class Contacts:
             kept.setdefault(address, Contact(address))
         self._contacts = kept
 
-    def due(self, now: float, *, lives: Callable[[PeerKey], bool], known: frozenset[str]) -> list[Contact]:
-        """Return whom to try now: nobody who *lives* is behind it, and it is none of the *known* addresses."""
+    def due(self, now: float, *, lives: Lives, known: Known) -> list[Contact]:
+        """Return whom to try now: nobody who *lives* is behind it, and its address is not *known*."""
         found = [c for c in self._contacts.values() if self._waits(c, lives, known) and c.retry_at <= now]
         for contact in found:
             contact.trying = True
         return found
 
-    def next_deadline(self, *, lives: Callable[[PeerKey], bool], known: frozenset[str]) -> float:
+    def next_deadline(self, *, lives: Lives, known: Known) -> float:
         return min((c.retry_at for c in self._contacts.values() if self._waits(c, lives, known)), default=inf)
 
     def addresses_of(self, key: PeerKey) -> list[str]:
@@ -75,7 +74,7 @@ class Contacts:
         contact.retry_at = now + longest * self._random() + 0.05  # never twice in the same moment
         return contact.failures == 1
 
-    def _waits(self, contact: Contact, lives: Callable[[PeerKey], bool], known: frozenset[str]) -> bool:
-        if contact.trying or contact.is_self or contact.address in known:
+    def _waits(self, contact: Contact, lives: Lives, known: Known) -> bool:
+        if contact.trying or contact.is_self or known(contact.address):
             return False
         return contact.key is None or not lives(contact.key)

@@ -17,6 +17,8 @@ from mesh.core.node_state import PeerKey
 
 #: Sends of a rumour that carry the record itself.
 EAGER_SENDS = 2
+#: Rounds more of an urgent rumour that may go out since earlier ones were not answered.
+SPARE_ROUNDS = 4
 
 
 @dataclass(slots=True)
@@ -25,6 +27,12 @@ class Rumour:
     sends: int = 0
     told: set[PeerKey] = field(default_factory=set)  #: they have it
     urgent_rounds: int = 0  #: in which it still goes out without waiting for a tick
+    spare_rounds: int = SPARE_ROUNDS
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether earlier urgent sends came to nothing, so that hardly anybody may have it yet."""
+        return self.spare_rounds < SPARE_ROUNDS
 
 
 def budget(members: int) -> int:
@@ -78,6 +86,21 @@ class Rumours:
         rumour = self._by_key.get(key)
         if rumour is not None and rumour.age == age:
             rumour.told.discard(peer)
+
+    def arrived(self, key: PeerKey, age: Age) -> None:
+        """An urgent send, to somebody who was marked as told, was answered: only then it counts."""
+        rumour = self._by_key.get(key)
+        if rumour is not None and rumour.age == age:
+            self._count(key, rumour, None)
+
+    def rearm(self, key: PeerKey, age: Age) -> None:
+        """An urgent send came to nothing, or is late: one more round goes out, if any is left. Several that went out
+        in the same round are made good for by one."""
+        rumour = self._by_key.get(key)
+        if rumour is not None and rumour.age == age and not rumour.urgent_rounds and rumour.spare_rounds:
+            rumour.spare_rounds -= 1
+            rumour.urgent_rounds = 1
+            self._urgent[key] = rumour
 
     def fresh_for(self, peer: PeerKey | None) -> list[tuple[PeerKey, Rumour]]:
         """Return what *peer* may not know yet, the least told first."""

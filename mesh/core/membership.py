@@ -12,43 +12,16 @@ what follows). An order carries the incarnation and the time it was made for: a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
 from math import inf
 
 from mesh.core.gossip_message import Message
-from mesh.core.gossip_record import MAX_PAYLOAD_BYTES, Age, Record
+from mesh.core.gossip_record import MAX_PAYLOAD_BYTES, Record
 from mesh.core.membership_exchange import Exchanges, Records, shuffle
 from mesh.core.membership_member import MIN_PROBES, Change, Event, Member, MemberView, Status, Tuning
+from mesh.core.membership_news import UrgentNews
+from mesh.core.membership_orders import Kind, News, Order, order_for
 from mesh.core.membership_table import Owner, Table
 from mesh.core.node_state import PeerKey
-
-
-class Kind(Enum):
-    TICK = "tick"  # a full exchange, in turn
-    PROBE = "probe"  # does it live?
-    NEWS = "news"  # what is urgent, and nothing else
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """Of whom an urgent message is, and whether it carries the record or only mentions it: later rounds of the same
-    news mostly meet those who have it."""
-
-    key: PeerKey
-    age: Age
-    carried: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """Exchange with *key* now; ``None`` is a contact, whoever that turns out to be."""
-
-    key: PeerKey | None
-    kind: Kind
-    incarnation: int
-    started_at: float
-    about: tuple[News, ...] = ()
 
 
 class Membership:
@@ -72,9 +45,8 @@ class Membership:
         self._turns: list[PeerKey] = []
         self._tick_at = now + self.tuning.interval_s * random()
         self._catch_up_at = inf
-        self._news_at = now
-        self._news_left = self.tuning.urgent_burst
-        self._news_waits = True  #: urgent news may find somebody to tell
+        self._news = UrgentNews(self._table, random, now)
+        self._asked: dict[PeerKey, None] = {}  #: to be probed beside all plans
         self._probes_left = self.tuning.probes_per_tick
 
     # --- looking
@@ -151,15 +123,22 @@ class Membership:
         """*key* gave a sign of life, of whatever kind."""
         self._table.heard(key, now)
 
+    def ask(self, key: PeerKey) -> None:
+        """Probe *key* with the next orders, if it counts as a member and nothing is on its way to it.
+
+        It is evidence, but changes no plan: it must not use up the tries of a suspicion before their time, nor end the
+        rest of somebody who is out of reach from here. So many at a time; the rest has to be asked for again.
+        """
+        if len(self._asked) < self.tuning.probes_per_tick:
+            self._asked[key] = None
+
     # --- when and with whom
 
     def next_deadline(self) -> float:
         """Return when to call ``due`` next, if nothing else happens before."""
         if self.has_left:
             return inf
-        at = min(self._tick_at, self._catch_up_at)
-        if self._news_waits and self._table.records.urgent:
-            at = min(at, self._news_at)
+        at = min(self._tick_at, self._catch_up_at, self._news.deadline())
         for member in self._table.watched.values():
             if not member.pending and self._probes_left:
                 at = min(at, member.deadline, member.retry_at)
@@ -172,14 +151,14 @@ class Membership:
         orders: list[Order] = []
         if self.has_left:
             return []
-        self._news_waits = True
         if now >= self._tick_at:
             orders += self._tick(now)
         if now >= self._catch_up_at:
             self._catch_up_at = inf
-            orders += [self._order(member, Kind.TICK, now) for member in self._next_turns(1, now)]
+            orders += [order_for(member, Kind.TICK, now) for member in self._next_turns(1, now)]
         orders += self._probes(now)
-        orders += self._news(now)
+        orders += self._asked_for(now)
+        orders += self._news.due(now)
         return orders
 
     def farewell(self, number: int, now: float) -> list[Order]:
@@ -187,7 +166,7 @@ class Membership:
         members = [m for m in self._table.members.values() if m.status is Status.ALIVE]
         shuffle(members, self._random)
         about = (News(self.own.key, self.own.age, carried=True),)
-        return [self._order(member, Kind.NEWS, now, about) for member in members[:number]]
+        return [order_for(member, Kind.NEWS, now, about) for member in members[:number]]
 
     def contact(self, now: float) -> Order:
         """Return the order for an exchange with somebody of whom only an address is known."""
@@ -203,7 +182,7 @@ class Membership:
         dead = [m for m in self._table.graves.values() if m.status is Status.DEAD and not m.pending]
         if dead and self._random() * tuning.dead_retry_ticks < 1:
             members.append(dead[int(self._random() * len(dead))])
-        return [self._order(member, Kind.TICK, now) for member in members]
+        return [order_for(member, Kind.TICK, now) for member in members]
 
     def _next_turns(self, number: int, now: float) -> list[Member]:
         """Return the members whose turn it is: a shuffled round over all, then the next."""
@@ -232,52 +211,19 @@ class Membership:
                 self._table.bury(member, now)
             elif min(member.retry_at, member.deadline) <= now and not member.pending and self._probes_left:
                 self._probes_left -= 1
-                orders.append(self._order(member, Kind.PROBE, now))
+                orders.append(order_for(member, Kind.PROBE, now))
         return orders
 
-    def _news(self, now: float) -> list[Order]:
-        """Send what is urgent to a few who may not know it, at most every ``urgent_gap_s``."""
-        tuning = self.tuning
-        urgent = self._table.records.urgent
-        if not urgent or now < self._news_at:
-            return []
-        self._news_left = min(tuning.urgent_burst, self._news_left + (now - self._news_at) / tuning.urgent_refill_s)
-        if self._news_left < 1:
-            self._news_at = now + tuning.urgent_refill_s
-            return []
-        members = self._table.members
-        ready = [key for key, m in members.items() if m.status is Status.ALIVE and m.avoid_until <= now]
-        ready = [key for key in ready if any(key not in rumour.told for rumour in urgent.values())]
-        if not ready:  # a newcomer that knows nobody yet keeps its news
-            self._news_waits = False
-            return []
-        self._news_left -= 1
-        self._news_at = now + tuning.urgent_gap_s
-        picks = min(tuning.urgent_fanout, len(ready))
-        chosen = [ready.pop(int(self._random() * len(ready))) for _ in range(picks)]
-        orders = [self._order(members[key], Kind.NEWS, now, self._untold(key)) for key in chosen]
-        self._table.records.round_sent()
-        return orders
-
-    def _untold(self, key: PeerKey) -> tuple[News, ...]:
-        """Return the urgent news that *key* lacks; it counts as told from now on."""
-        records = self._table.records
-        first = self.tuning.urgent_rounds
-        untold = [(about, rumour) for about, rumour in records.urgent.items() if key not in rumour.told]
-        news = [News(about, rumour.age, rumour.urgent_rounds >= first) for about, rumour in untold]
-        for about, _ in untold:
-            records.sent(about, key)
-        return tuple(news)
-
-    def _order(self, member: Member, kind: Kind, now: float, about: tuple[News, ...] = ()) -> Order:
-        member.pending += 1
-        return Order(member.record.key, kind, member.record.age[0], now, about)
+    def _asked_for(self, now: float) -> list[Order]:
+        asked = [self._table.members.get(key) for key in self._asked]
+        self._asked.clear()
+        return [order_for(m, Kind.ASKED, now) for m in asked if m is not None and m.here and not m.pending]
 
     # --- exchanges
 
     def request(self, order: Order) -> Message:
         """Return what to send for *order*, as of now."""
-        if order.key is not None and order.kind is Kind.PROBE:
+        if order.key is not None and order.kind in (Kind.PROBE, Kind.ASKED):
             return self._exchanges.probe(order.key)
         if order.kind is Kind.NEWS:
             carried = [news.key for news in order.about if news.carried]
@@ -293,6 +239,7 @@ class Membership:
 
     def answered(self, order: Order, peer: PeerKey, message: Message, records: Records, now: float) -> Message | None:
         """Take the answer to *order*'s request; return a follow-up to send to the same peer, if there is one."""
+        self._news.answered(order)
         self._settled(order)
         return self._take_answer(peer, message, records, now)
 
@@ -301,16 +248,17 @@ class Membership:
         self._take_answer(peer, message, records, now)
 
     def failed(self, order: Order, now: float) -> None:
+        self._news.failed(order)
         member = self._settled(order)
-        if order.key is not None:
-            for news in order.about:
-                self._table.records.missed(order.key, news.key, news.age)
         if member is None or member.record.age[0] != order.incarnation or member.heard_at > order.started_at:
+            return
+        if order.kind is Kind.ASKED and (member.status is Status.SUSPECT or member.avoid_until > now):
             return
         self._table.failed(member, order.started_at, now)
 
     def abandoned(self, order: Order) -> None:
         """The exchange was not made or its outcome says nothing of the peer."""
+        self._news.failed(order)
         self._settled(order)
 
     def _take_answer(self, peer: PeerKey, message: Message, records: Records, now: float) -> Message | None:

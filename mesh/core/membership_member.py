@@ -68,6 +68,7 @@ class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     urgent_rounds: int = 2
     urgent_gap_s: float = 0.075  #: at least this long between two such rounds
     urgent_burst: float = 8.0  #: so many rounds may follow each other at that gap,
+    urgent_late_s: float = 0.5  #: what is not answered by then is told to others instead
     urgent_refill_s: float = 0.5  #: then one in this time: a thousand nodes that start at once are no storm
     urgent_at_once: int = 16  #: more than so many urgent records of others at a time wait for ticks
     probes: int = 3  #: own tries planned in the suspicion time; at least 2 must have failed

@@ -1,8 +1,9 @@
 """Gossip on the wire: carries what ``mesh.core.membership`` orders, verifies what comes in, and tells who asked.
 
-Exchanges are tasks of their own, at most ``max_concurrent`` at once, so that peers that do not answer hold up nobody
-(trap 58). The core is called only here, never across an ``await``. Contacts (addresses without a name yet) are tried at
-once when the node starts, and again while nobody known lives there.
+Exchanges are tasks of their own, at most ``max_concurrent`` of a kind at once: peers that do not answer hold up nobody
+(trap 58), and when half of the mesh is gone, probes of the dead do not hold up the news. The core is called only here,
+never across an ``await``. Contacts (addresses without a name yet) are tried at once when the node starts, and again
+while nobody known lives there. Whatever is done after every message costs the same in a mesh of any size.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import contextlib
 import random as random_module
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from mesh.core.gossip_contacts import Contact, Contacts
 from mesh.core.gossip_message import Message, decode_message, encode_message
 from mesh.core.gossip_record import Record
-from mesh.core.membership import Change, Membership, MemberView, Order, Status, Tuning
-from mesh.core.node_state import PeerIdentity, PeerKey, decode_state
+from mesh.core.membership import Change, Kind, Membership, MemberView, Order, Status, Tuning
+from mesh.core.node_state import PeerIdentity, PeerKey
 from mesh.errors import PeerError
 from mesh.logs import Log
+from mesh.net.gossip_addresses import AddressBook
 from mesh.net.gossip_events import Story
 from mesh.net.gossip_records import Allows, Gate, Verify
 from mesh.tasks import spawn
@@ -91,13 +94,16 @@ class Gossip:
         self._exchange = exchange
         self._discovered = contacts
         self._contacts = Contacts(random)
+        self._contacts_at = -inf  #: when to look at them again
+        self._interval_s = self._core.tuning.interval_s
         self._own_addresses = own_addresses
-        self._story = Story(on_change, lambda: self._core.own.payload)
-        self._slots = asyncio.Semaphore(max_concurrent)
+        self._on_change = on_change
+        self._story = Story(self._changed, lambda: self._core.own.payload)
+        self._slots = {kind: asyncio.Semaphore(max_concurrent) for kind in Kind}
+        self._contact_slots = asyncio.Semaphore(max_concurrent)
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._known: frozenset[str] = frozenset()
-        self._addresses: dict[PeerKey, tuple[bytes, tuple[str, ...]]] = {}
+        self._addresses = AddressBook()
 
     # --- for the node
 
@@ -127,11 +133,16 @@ class Gossip:
     def forget(self, key: PeerKey) -> None:
         """Drop *key*: revoked, or rotated away. What others still say of it passes ``allows`` first, as ever."""
         self._core.forget(key, self._now())
-        self._addresses.pop(key, None)
         self._woken()
+
+    def probe(self, key: PeerKey) -> None:
+        """Exchange with *key* at once rather than when it is its turn: somebody wants to know whether it is back."""
+        self._core.ask(key)
+        self._wake.set()
 
     def contacts_changed(self) -> None:
         """Discovery found something: look at the contacts now, not at the next tick."""
+        self._contacts_at = -inf
         self._wake.set()
 
     async def run(self) -> None:
@@ -169,18 +180,32 @@ class Gossip:
     def _step(self, now: float) -> None:
         for order in self._core.due(now):
             self._start(self._carry_out(order), "gossip")
-        if not self._core.has_left:
-            self._contacts.replace(self._discovered())
-            self._known = self._known_addresses() if self._contacts.any else frozenset()
-            for contact in self._contacts.due(now, lives=self._lives, known=self._known):
-                self._start(self._try_contact(contact), f"gossip contact {contact.address}")
         self._story.tell(self._core, now)
-        if len(self._addresses) > 2 * self._core.known + 8:  # of those that are forgotten
-            self._addresses = {key: held for key, held in self._addresses.items() if self._core.view(key) is not None}
+        if now >= self._contacts_at and not self._core.has_left:
+            self._look_at_contacts(now)
+
+    def _look_at_contacts(self, now: float) -> None:
+        """Try those that are due. This goes over all of them: it waits for the next that is due, or a change."""
+        self._contacts.replace(self._discovered())
+        own = frozenset(self._own_addresses())
+
+        def known(address: str) -> bool:
+            return address in own or self._addresses.is_taken(address)
+
+        for contact in self._contacts.due(now, lives=self._lives, known=known):
+            self._start(self._try_contact(contact), f"gossip contact {contact.address}")
+        next_at = self._contacts.next_deadline(lives=self._lives, known=known)
+        self._contacts_at = min(next_at, now + self._interval_s)
+
+    def _changed(self, change: Change, view: MemberView) -> None:
+        if self._addresses.changed(view):
+            self._contacts_at = -inf
+        if self._on_change is not None:
+            self._on_change(change, view)
 
     def _next_deadline(self) -> float:
-        contacts = self._contacts.next_deadline(lives=self._lives, known=self._known)
-        return min(self._core.next_deadline(), contacts, self._now() + _LONGEST_SLEEP_S)
+        contacts_at = inf if self._core.has_left else self._contacts_at
+        return min(self._core.next_deadline(), contacts_at, self._now() + _LONGEST_SLEEP_S)
 
     def _start(self, coro: Awaitable[None], name: str) -> None:
         task = spawn(coro, name)  # type: ignore[arg-type]
@@ -197,7 +222,7 @@ class Gossip:
 
     async def _carry_out(self, order: Order, *, limited: bool = True) -> None:
         assert order.key is not None
-        async with self._slots if limited else contextlib.nullcontext():
+        async with self._slots[order.kind] if limited else contextlib.nullcontext():
             target = Target(order.key, self._addresses_of(order.key))
             try:
                 await self._converse(order, target)
@@ -207,7 +232,7 @@ class Gossip:
 
     async def _try_contact(self, contact: Contact) -> None:
         try:
-            async with self._slots:
+            async with self._contact_slots:
                 peer = await self._converse(self._core.contact(self._now()), Target(None, (contact.address,)))
         except PeerError as error:
             if self._contacts.failed(contact, self._now()):
@@ -218,6 +243,7 @@ class Gossip:
                 _log.info("contact reached", address=contact.address, node=peer.node_id)
         finally:
             contact.trying = False
+            self._contacts_at = min(self._contacts_at, contact.retry_at)
             self._woken()
 
     async def _converse(self, order: Order, target: Target) -> PeerIdentity:
@@ -271,26 +297,8 @@ class Gossip:
         view = self._core.view(key)
         return view is not None and view.status is Status.ALIVE
 
-    def _known_addresses(self) -> frozenset[str]:
-        """Return where no contact needs to be tried: at this node itself, and where members live."""
-        alive = (key for key, view in self._core.views().items() if view.status is Status.ALIVE)
-        return frozenset(self._own_addresses()).union(*(self._announced(key) for key in alive))
-
     def _addresses_of(self, key: PeerKey) -> tuple[str, ...]:
-        own = frozenset(self._own_addresses())
-        found = (*self._announced(key), *self._contacts.addresses_of(key))
+        own, view = frozenset(self._own_addresses()), self._core.view(key)
+        announced = () if view is None else self._addresses.of(view)
+        found = (*announced, *self._contacts.addresses_of(key))
         return tuple(dict.fromkeys(address for address in found if address not in own))
-
-    def _announced(self, key: PeerKey) -> tuple[str, ...]:
-        """Return what *key* says of where it is; decoded once per record."""
-        view = self._core.view(key)
-        if view is None:
-            return ()
-        held = self._addresses.get(key)
-        if held is None or held[0] is not view.payload:
-            try:
-                held = (view.payload, decode_state(view.payload).addresses)
-            except ValueError:  # the gate lets in no such record
-                held = (view.payload, ())
-            self._addresses[key] = held
-        return held[1]
