@@ -151,9 +151,9 @@ class Node:
         self.listener.close_listening()
         for task in self._tasks:  # but not telemetry: what is queued may still wait for memory to return
             task.cancel()
-        if self._member is not None:
-            await self._member.drain()
         self.plane.begin_drain()
+        if self._member is not None:
+            self._member.begin_drain()
         await self.supervisor.close(self.settings.shutdown_grace_period_seconds, lambda: self.plane.busy)
         await self.listener.close()
         await self.plane.close(LAST_BYTES_S)

@@ -11,6 +11,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -35,7 +36,7 @@ from mesh.net.addresses import own_addresses
 from mesh.net.cluster_files import cluster_files
 from mesh.net.discovery import Discovery
 from mesh.net.gossip import Gossip
-from mesh.net.keys import fingerprint, load_identity, verify
+from mesh.net.keys import fingerprint, load_identity, looks_like_key, verify
 from mesh.net.link_client import LinkClient
 from mesh.net.links import Links
 from mesh.net.outreach import Outreach
@@ -54,13 +55,14 @@ LOOK_EVERY_S: Final = 0.2
 LOAD_NEWS_EVERY_S: Final = 1.0
 #: How often the files of trust are looked at, and live links count as signs of life.
 TRUST_EVERY_S: Final = 1.0
+SAVE_SPEEDS_EVERY_S: Final = 60.0
 #: Several changes of members within this are taken over together.
 SYNC_DELAY_S: Final = 0.02
 LEAVE_S: Final = 2.0  #: for the last bytes of links
 
 NO_TOKEN = (
     "cluster.enabled is true, but there is no cluster token. On the first node run 'llama-mesh token new', on every"
-    " other one 'llama-mesh join HOST --token TOKEN'; or give all of them the same CLUSTER_TOKEN"
+    " other one 'llama-mesh join HOST --token -'; or give all of them the same CLUSTER_TOKEN"
 )
 
 
@@ -73,13 +75,17 @@ class MeshMember:
         token = load_token(noise, os.environ)
         if token is None:
             raise ConfigError(NO_TOKEN)
+        if looks_like_key(ctx.node_id) or ctx.node_id == "-":
+            raise ConfigError(f"node_id: other nodes would take '{ctx.node_id}' for a key; choose another name")
         self._ctx = ctx
         self._plane = plane
         self._loop = asyncio.get_running_loop()
         self._cluster = settings.cluster
         self._identity = load_identity(noise, os.environ)
-        self._trust = load_trust(noise)
+        self._trust = load_trust(noise, node_id=ctx.node_id, key=self._identity.key)
         self._peers_file = cluster_files(noise).peers
+        metrics = Path(settings.metrics_path).expanduser()
+        self._speeds_path = metrics.with_name(metrics.stem + ".speeds.json")
         self._addresses: tuple[str, ...] = ()
         self._untold = 0  #: profiles that had no room in the record
         versions = VersionPolicy(__version__, settings.cluster.version_mismatch_action)
@@ -113,6 +119,7 @@ class MeshMember:
             max_concurrent=self._cluster.max_concurrent_gossip,
         )
         self._discovery: Discovery | None = None
+        self._leaving: asyncio.Task[None] | None = None  #: the goodbye of discovery
         self._tasks: list[asyncio.Task[None]] = []
         self._sync_timer: asyncio.TimerHandle | None = None
         self._told: tuple[object, object] = (None, None)
@@ -145,19 +152,21 @@ class MeshMember:
         self._ctx.mesh = self
         self._plane.forwarder = self._forwarder
         self._plane.learn = self.own.finished
+        self.own.restore(self._speeds_path, self._loop.time())
         self._tasks = [
             spawn(self._gossip.run(), "gossip"),
+            spawn(forever(self._save_speeds, every_s=SAVE_SPEEDS_EVERY_S, name="speeds"), "speeds"),
             spawn(forever(self._announce, every_s=LOOK_EVERY_S, name="announce"), "announce"),
             spawn(forever(self._keep_trust, every_s=TRUST_EVERY_S, name="trust"), "trust"),
         ]
         log.info("in the mesh", node=self._ctx.node_id, fingerprint=self.own_fingerprint, addresses=self._addresses,
                  contacts=self._discovery.contacts(), mdns=self._cluster.discovery.mdns)  # fmt: skip
 
-    async def drain(self) -> None:
+    def begin_drain(self) -> None:
         """The node stops: let the others know now, and be found by nobody new."""
         self._gossip.publish(self._payload(), urgent=True)
         if self._discovery is not None:
-            await self._discovery.close()
+            self._leaving = spawn(self._discovery.close(), "leave mDNS")
 
     async def close(self) -> None:
         """Say goodbye and end every link. Requests that others serve for this node must be over."""
@@ -168,12 +177,14 @@ class MeshMember:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._discovery is not None:
-            await self._discovery.close()
-        if self._sync_timer is not None:
-            self._sync_timer.cancel()
+            await (self._leaving or self._discovery.close())  # a goodbye that is under way is not cut short
+        await self._save_speeds()
         self._forwarder.close()
         await self._client.close()
         await self._links.close(grace_s=LEAVE_S)
+        if self._sync_timer is not None:  # last: until the links are closed, others may tell something
+            self._sync_timer.cancel()
+            self._sync_timer = None
         await self._trust.close()
 
     # --- what this node tells
@@ -215,9 +226,12 @@ class MeshMember:
         self._addresses = await asyncio.to_thread(own_addresses, host, port, self._ctx.settings.public_url)
         await self.own.look()
 
+    async def _save_speeds(self) -> None:
+        await self.own.save(self._speeds_path)
+
     async def _keep_trust(self) -> None:
         """Cut off whom the operator does not trust any more; links that live are signs of life (trap 55)."""
-        for key in self._trust.reload():
+        for key in await self._trust.refresh():
             links = self._links.drop(key)
             self._gossip.forget(key)
             log.warning("a key is not trusted any more", fingerprint=fingerprint(key), links_cut=links)

@@ -124,11 +124,13 @@ class _Exchange:
         peer = peer_of(self._scope)
         if self._path in PEER_PATHS and peer is not None:  # its link proved that it is a member
             return
-        if self._path == GOSSIP_PATH or peer is not None:
-            raise NotAPeerError("this route is for nodes on a link" if peer is None else "not a route for other nodes")
+        if peer is not None:
+            raise NotAPeerError("not a route for other nodes")
         authenticator, headers = self._ctx.authenticator, self._scope["headers"]
         if not authorised(authenticator, headers):
             raise AuthError("Unauthorized")
+        if self._path == GOSSIP_PATH:
+            raise NotAPeerError("this route is for nodes on a link")
         if self._path.startswith(_ADMIN_PREFIX) and not authorised(authenticator, headers, admin=True):
             raise NotAdminError("this route needs one of auth.admin_keys")
 

@@ -31,6 +31,8 @@ _log = Log(__name__)
 _DRIP_BYTES = 4096  # less of a body than this in body_read_timeout_ms counts as silence: nobody may drip for ever
 _LINGER_S = 2.0  # how long a client may go on sending what nobody will read, so that it gets to read the answer
 _FIRST_REQUEST_S = 1.0  # how long a drain waits for the first request of a connection that was just made
+#: Refusals that another node may not have for the same request: failures, and limits of this one.
+_OF_THIS_NODE = frozenset({408, 413, 431, *range(500, 600)})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NEVER = float("inf")
 _RESET = struct.pack("ii", 1, 0)  # a plain close is a clean end to whoever was told no length
@@ -272,7 +274,7 @@ class ClientConnection(asyncio.Protocol):
         lines = [STATUS_LINES[status], *(b"%b: %b\r\n" % header for header in headers)]
         lines.append(b"Content-Length: %d\r\nX-Request-Id: %b\r\n" % (len(body), self._request_id))
         lines.append(self._plane.node_field)
-        if self.peer is not None and (error.status >= 500 or error.type == UnknownModelError.type):  # own or passed on
+        if self.peer is not None and (error.status in _OF_THIS_NODE or error.type == UnknownModelError.type):
             lines.append(b"X-Llama-Mesh-Error: %b\r\n" % error.type.encode("latin-1"))  # others may do better
         lines.append(b"\r\n" if keep_alive else b"Connection: close\r\n\r\n")
         if head is None or head.method != b"HEAD":

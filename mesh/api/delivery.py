@@ -23,7 +23,8 @@ from mesh.errors import MeshError, PeerError, UpstreamError
 
 if TYPE_CHECKING:
     from mesh.api.dataplane import DataPlane
-    from mesh.api.forwarding import PeerLease, Trip
+    from mesh.api.forwarding import Trip
+    from mesh.api.peer_pool import PeerLease
 
 #: How long the supervisor gets to notice that an instance died, before the request asks it for another one.
 CRASH_NOTICE_S = 0.1
@@ -180,11 +181,17 @@ class Delivery(Relay):
             else:
                 self._try_elsewhere(UpstreamError("the instance closed the connection before it answered"))
         elif self.phase is _ANSWERING:
-            alive = self._lease is not None and self._lease.endpoint.alive
-            if self.until_close and error is None and alive:  # else it was we who closed it
+            if self.until_close and error is None and not self._cut_by_us:
                 self.answer_complete(reusable=False)
             else:
                 self.fail(self._broke_off(error))
+
+    @property
+    def _cut_by_us(self) -> bool:
+        """Whether this node closed the connections to whoever answers."""
+        if self._peer is not None:  # a peer that is no member any more may finish
+            return self._peer.endpoint.cut
+        return self._lease is None or not self._lease.endpoint.alive
 
     def _broke_off(self, error: Exception | None) -> MeshError:
         peer = self._peer
@@ -241,6 +248,7 @@ class Delivery(Relay):
         else:
             connection.abort()
         peer.answered()
+        peer.refused(head.refusal or "")
         self._end_lease()
         self.trip.peer_refused(peer.endpoint.peer, head.status, head.refusal or "", body if whole else b"")
 

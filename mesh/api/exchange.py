@@ -12,7 +12,6 @@ Where it goes, and where again, is its other half's (delivery.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mesh.api.delivery import ONE_WRITE_BYTES, Client, Delivery, Phase
@@ -22,13 +21,13 @@ from mesh.api.routes import Route
 from mesh.api.upstream import Pool, pool_of
 from mesh.config.profile import Profile
 from mesh.engine.lease import Lease, Ticket
-from mesh.errors import MeshError, UpstreamError
+from mesh.errors import MeshError, PeerError, UpstreamError
 from mesh.logs import Log
 from mesh.metrics import ModelMetrics
 
 if TYPE_CHECKING:
     from mesh.api.dataplane import DataPlane
-    from mesh.api.forwarding import PeerLease
+    from mesh.api.peer_pool import PeerLease
 
 _log = Log(__name__)
 
@@ -45,6 +44,7 @@ class Exchange(Delivery):
         "_ticket",
         "_wait_since",
         "address",
+        "admitted_at",
         "instance_id",
         "model_metrics",
         "profile",
@@ -70,7 +70,8 @@ class Exchange(Delivery):
         self.route = route
         self.profile = profile
         self.since = since
-        self.queue_s: float | None = None
+        self.queue_s: float | None = None  #: until its first admission
+        self.admitted_at = since  #: to whoever has it now
         self.instance_id: str | None = None
         self.model_metrics = model_metrics
         self._ticket: Ticket | None = None
@@ -119,14 +120,11 @@ class Exchange(Delivery):
         """Whether a peer served it."""
         return self.instance_id is not None and self.instance_id.startswith("@")
 
-    def pause_for(self, delay_s: float, then: Callable[[], None]) -> None:
-        """Do nothing for *delay_s*, then call *then*, unless the client leaves."""
+    def wait_in_line(self) -> float:
+        """Do nothing until its trip goes on; return the time."""
         self.phase = _PAUSED
-        self._retry_timer = self._plane.loop.call_later(delay_s, self._pause_over, then)
-
-    def _pause_over(self, then: Callable[[], None]) -> None:
-        self._retry_timer = None
-        then()
+        self._wait_since = now = self._now()
+        return now
 
     @property
     def waited_s(self) -> float:
@@ -151,7 +149,7 @@ class Exchange(Delivery):
             return
         self._lease = lease
         self.instance_id = lease.endpoint.instance_id
-        now = self._now()
+        self.admitted_at = now = self._now()
         if self.trip is not None and self._peer is None:
             self.trip.waited(now - self._wait_since)
         if self.queue_s is None:
@@ -239,7 +237,13 @@ class Exchange(Delivery):
             client.answered(not self.closes_client, now)
 
     def answer_broken(self, error: UpstreamError) -> None:
-        self.fail(error)
+        upstream = self._upstream
+        if self._peer is None or self.phase is not _WAITING or upstream is None:
+            self.fail(error)
+            return
+        self._upstream = None
+        upstream.abort()
+        self._try_elsewhere(PeerError(f"node {self._peer.node_id}: {error.message}"))
 
     def fail(self, error: MeshError) -> None:
         """It cannot be answered, or not to the end: tell the client in the best way that is left."""

@@ -1,7 +1,6 @@
 """A request's way over several nodes: where it goes first, and where next when it was refused or cut off.
 
-``Forwarder`` is the node's, made only in a mesh; ``Trip`` is one request's. The trip chooses, the exchange carries: a
-peer is leased (``PeerLease``) like an instance, and its ``PeerPool`` holds links instead of sockets to a child.
+``Forwarder`` is the node's, made only in a mesh; ``Trip`` is one request's. The trip chooses, the exchange carries.
 
 Rules: what came from a peer is served here unless that is impossible. Nobody is sent the same generation twice. Who
 is full, or could not even be reached, may be asked again after a pause. Nothing goes on beyond the profile's
@@ -12,15 +11,16 @@ was lost. The client sees the refusal of its own node if that was asked, else th
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Protocol
-from urllib.parse import quote
+from itertools import count
+from math import inf
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from mesh.api.http1 import MeshFields
-from mesh.api.upstream import Pool, UpstreamConnection
+from mesh.api.peer_pool import Dial, PeerEndpoint, PeerLease
+from mesh.api.responses import internal_error
+from mesh.api.waiting_line import WaitingLine
 from mesh.core.node_state import PeerIdentity, PeerKey
 from mesh.core.routing import Ranked
 from mesh.errors import (
@@ -30,25 +30,25 @@ from mesh.errors import (
     NoNodeError,
     PeerError,
     PeerRefusalError,
+    QueueFullError,
     QueueTimeoutError,
     UnknownModelError,
 )
-from mesh.net.peer import Peer
+from mesh.logs import Log
+from mesh.net.peer import FULL, Peer
 from mesh.net.peers import Peers
 
 if TYPE_CHECKING:
     from mesh.api.exchange import Exchange
     from mesh.config.profile import Profile
 
-#: Between two rounds of asking everybody; doubles up to the second.
-FIRST_PAUSE_S = 0.1
-LAST_PAUSE_S = 1.0
-#: Links to one peer that stay open without a request, and for how long; its own limit is http.idle_timeout_seconds.
-KEPT_LINKS = 32
-LINK_IDLE_S = 25.0
-_KNOWN_FIELDS = 64
-#: Refusals that pass: who says so may be asked again. Any other one stands.
-_FULL = frozenset({"queue_full", "no_capacity"})
+_log = Log(__name__)
+
+#: Holders that are compared, warm ones and as many others: of a thousand a sample is as good, and takes a hundredth of
+#: the time.
+_COMPARED = 16
+#: Refusals after an instance worked on it: that time was no waiting.
+_WORKED = frozenset({"upstream_error"})
 #: What peers say or leave unsaid: the last refusal counts for more than any of these.
 _OF_PEERS = (PeerRefusalError, PeerError, NoNodeError)
 _HERE = PeerKey(b"")  #: stands for this node among those that were asked
@@ -67,95 +67,6 @@ class Local(Protocol):
         """Whether this node is idle and warm, and none of *peers* is much faster: nothing to compare."""
 
 
-class PeerLease:
-    """The right to use a peer for one request: counted from the decision until it ends (trap 50)."""
-
-    __slots__ = ("_key", "_open", "_permit", "endpoint", "fields")
-
-    def __init__(self, endpoint: PeerEndpoint, key: str, fields: bytes) -> None:
-        self.endpoint = endpoint
-        self.fields = fields  #: what this request carries to the peer
-        self._key = key
-        self._permit = endpoint.peer.begin(key)
-        self._open = True
-
-    @property
-    def node_id(self) -> str:
-        return self.endpoint.peer.node_id
-
-    def answered(self) -> None:
-        """It answers, whatever it says: saturation is not a failure."""
-        self.endpoint.peer.succeeded(self._permit)
-
-    def failed(self) -> None:
-        """It could not be reached, or was lost."""
-        self.endpoint.peer.failed(self._permit)
-
-    def release(self) -> None:
-        if self._open:
-            self._open = False
-            self.endpoint.peer.end(self._key, self._permit)
-
-    def abandon(self, *, streaming: bool = False) -> None:
-        """The link was cut, so that the peer ends its part; what that frees is for its own record to say."""
-        self.release()
-
-
-class PeerEndpoint:
-    """A peer as something to connect to. Lives as long as the peer is a member."""
-
-    def __init__(self, peer: Peer, node_id: str, dial: Dial) -> None:
-        self.peer = peer
-        self.instance_id = f"@{peer.node_id}"
-        self.alive = True
-        self.closers: list[Callable[[], None]] = []
-        self.pool = PeerPool(self, node_id, dial)
-
-    def close(self) -> None:
-        """Refuse new connections and close the open ones. Idempotent."""
-        self.alive = False
-        while self.closers:
-            self.closers.pop()()
-
-
-class Dial(Protocol):
-    """Opens a link to a peer with *factory*'s protocol on it; raises ``PeerError``."""
-
-    async def __call__(self, peer: Peer, factory: Callable[[], UpstreamConnection]) -> UpstreamConnection: ...
-
-
-class PeerPool(Pool):
-    """The links to one peer that carry requests."""
-
-    of_peer: ClassVar[bool] = True
-    idle_limit_s: ClassVar[float] = LINK_IDLE_S
-    kept_idle: ClassVar[int] = KEPT_LINKS
-
-    __slots__ = ("_dial", "_fields", "_peer")
-
-    def __init__(self, endpoint: PeerEndpoint, node_id: str, dial: Dial) -> None:
-        host = f"Host: {quote(endpoint.peer.node_id)}\r\n".encode("ascii")
-        super().__init__(endpoint, host, f"X-Llama-Mesh-Via: {node_id}\r\n".encode("latin-1", "replace"))
-        self._peer = endpoint.peer
-        self._dial = dial
-        self._fields: dict[tuple[str, int, float | None], bytes] = {}  # few: a wait is a whole one, or a retry
-
-    def fields_for(self, key: str, hops: int, wait_s: float | None) -> bytes:
-        """Return what a request for the profile *key* carries, its *hops* so far and the rest of its wait."""
-        fields = self._fields.get((key, hops, wait_s))
-        if fields is None:
-            wait = b"" if wait_s is None else b"X-Llama-Mesh-Wait-Ms: %d\r\n" % max(0, wait_s * 1000)
-            model = quote(key, safe=":/ ").encode("ascii")
-            fields = b"%bX-Llama-Mesh-Hops: %d\r\nX-Llama-Mesh-Model: %b\r\n%b" % (self.fields, hops, model, wait)
-            if len(self._fields) >= _KNOWN_FIELDS:
-                self._fields.clear()
-            self._fields[key, hops, wait_s] = fields
-        return fields
-
-    async def _open(self) -> UpstreamConnection:
-        return await self._dial(self._peer, lambda: UpstreamConnection(self))
-
-
 class Forwarder:
     """What all trips of the node share."""
 
@@ -163,7 +74,8 @@ class Forwarder:
         self.peers = peers
         self.local = local
         self.max_hops = max_hops
-        self.paused: Counter[str] = Counter()  #: requests that wait for some node to have room, by profile
+        self.lines: dict[str, WaitingLine] = {}  #: requests that wait for some node to have room, by profile
+        self.places = count()  #: in all of them
         self._node_id = node_id
         self._dial = dial
         self._endpoints: dict[PeerKey, PeerEndpoint] = {}
@@ -183,14 +95,30 @@ class Forwarder:
             endpoint = self._endpoints[peer.key] = PeerEndpoint(peer, self._node_id, self._dial)
         return PeerLease(endpoint, key, endpoint.pool.fields_for(key, hops, wait_s))
 
+    def line(self, key: str) -> WaitingLine:
+        """Return the line of requests for *key* that no node can take now."""
+        line = self.lines.get(key)
+        if line is None:
+            line = self.lines[key] = WaitingLine(lambda: self._emptied(key))
+        return line
+
+    def waiting(self, key: str) -> int:
+        """Return how many wait in that line."""
+        line = self.lines.get(key)
+        return 0 if line is None else len(line)
+
+    def _emptied(self, key: str) -> None:
+        self.lines.pop(key, None)
+
     def find(self, name: str) -> Profile | None:
         """Return a stand-in for the profile that peers know by *name*, None if nobody does."""
         return self.peers.profile(name)
 
     def _gone(self, peer: Peer) -> None:
+        """*peer* is no member any more; what it still sends is not cut off for that."""
         endpoint = self._endpoints.pop(peer.key, None)
         if endpoint is not None:
-            endpoint.close()
+            endpoint.retire()
 
     def close(self) -> None:
         """Cut every link."""
@@ -200,10 +128,10 @@ class Forwarder:
 
 
 class Trip:
-    """See the module. Whatever it does ends in exactly one call of the exchange."""
+    """See the module. Whatever it does ends in exactly one call of the exchange. It may wait in a ``WaitingLine``."""
 
-    __slots__ = ("_asked", "_busy", "_error", "_exchange", "_forwarder", "_hops", "_pause_s", "_paused", "_sender",
-                 "_wait_s")  # fmt: skip
+    __slots__ = ("_asked", "_busy", "_error", "_exchange", "_forwarder", "_hops", "_joined_at", "_line", "_sender",
+                 "_wait_s", "place")  # fmt: skip
 
     def __init__(
         self, forwarder: Forwarder, exchange: Exchange, sender: PeerKey | None, hops: int, wait_s: float | None
@@ -216,11 +144,20 @@ class Trip:
         self._asked: set[PeerKey] = set()  # not again
         self._busy: set[PeerKey] = set()  # after a pause
         self._error: MeshError | None = None
-        self._pause_s = FIRST_PAUSE_S
-        self._paused: str | None = None  # the profile, during a pause
+        self._line: WaitingLine | None = None  # while it waits there
+        self._joined_at: float | None = None
+        self.place = -1  #: in the line, from its first time there to its end
 
     def go(self) -> None:
         """Give the request to whoever should serve it next."""
+        try:
+            self._go()
+        except Exception:
+            request_id = self._exchange.request_id.decode("latin-1")
+            _log.exception("a request failed unexpectedly", request_id=request_id)
+            self._exchange.fail(internal_error())
+
+    def _go(self) -> None:
         exchange, key = self._exchange, self._exchange.profile.key
         over = exchange.client is None or (self._wait_s is not None and self._wait_s <= 0)
         if self._error is not None and over:
@@ -229,10 +166,12 @@ class Trip:
         peer, here = self._choose(key)
         if here:
             exchange.queue_here(self._wait_s)
-        elif peer is not None:
-            exchange.ask_peer(self._forwarder.lease(peer, key, self._hops + 1, self._wait_s))
-        else:
+        elif peer is None:
             self._nobody_left(key)
+        elif self._joined_at is None and self._sender is None and self._forwarder.waiting(key):
+            self._nobody_left(key)  # others wait for the same, and were here before
+        else:
+            exchange.ask_peer(self._forwarder.lease(peer, key, self._hops + 1, self._wait_s))
 
     def _choose(self, key: str) -> tuple[Peer | None, bool]:
         """Return the peer to ask, or whether this node should serve it; neither if nobody is left."""
@@ -252,47 +191,69 @@ class Trip:
         return None, here
 
     def _peers(self, key: str, out: set[PeerKey]) -> list[Peer]:
+        """Return whom to compare: those that may be asked, of very many a sample."""
         if self._hops >= self._forwarder.max_hops or (self._sender is not None and self._error is not None):
             return []  # what was passed on to us and refused goes back to who passed it on
         holders = self._forwarder.peers.holders(key)
-        return [peer for peer in holders if peer.key not in out and peer.key != self._sender]
+        peers = [peer for peer in holders if peer.key not in out and peer.key != self._sender]
+        if len(peers) <= 2 * _COMPARED:
+            return peers
+        open_to = [peer for peer in peers if peer.in_the_way(key) is None]
+        warm = [peer for peer in open_to if peer.profiles[key].ready]
+        cold = [peer for peer in open_to if not peer.profiles[key].ready]
+        return [*_sample(warm), *_sample(cold)]
 
     def _nobody_left(self, key: str) -> None:
         """Wait for somebody to have room, if anybody may and there is time; else give up."""
         exchange, forwarder = self._exchange, self._forwarder
-        limit = exchange.profile.max_queue
-        delay_s = self._pause_s * random.uniform(0.5, 1.0)
-        patient = self._wait_s is None or self._wait_s > delay_s
+        patient = self._wait_s is None or self._wait_s > 0
         hopeful = bool(self._busy - {_HERE}) or forwarder.peers.may_come(key, self._asked)
-        if self._sender is not None or not (patient and hopeful) or (limit and forwarder.paused[key] >= limit):
+        if self._sender is not None or self._hops >= forwarder.max_hops or not (patient and hopeful):
             exchange.fail(self._error or self._no_node(key))
             return
-        self._pause_s = min(2 * self._pause_s, LAST_PAUSE_S)
-        forwarder.paused[key] += 1
-        self._paused = key
-        exchange.pause_for(delay_s, lambda: self._again(delay_s))
+        again = self._joined_at is not None
+        if not again:
+            if (limit := exchange.profile.max_queue) and forwarder.waiting(key) >= limit:
+                exchange.fail(self._error or _too_many(limit, exchange.profile))
+                return
+            self.place = next(forwarder.places)
+        self._joined_at = exchange.wait_in_line()
+        self._line = forwarder.line(key)
+        self._line.join(self, again=again)
 
-    def _again(self, delay_s: float) -> None:
-        self.cancel()
-        self.waited(delay_s)
+    @property
+    def ends_at(self) -> float:
+        """When its wait in the line is over."""
+        return inf if self._wait_s is None or self._joined_at is None else self._joined_at + self._wait_s
+
+    def retry(self) -> None:
+        """Its turn has come: try everybody again who was full or out of reach."""
+        self._line = None
+        self.waited(self._exchange.waited_s)
         self._busy.clear()
         self.go()
 
+    def expired(self) -> None:
+        """Nobody had room in time."""
+        self._line = None
+        self._exchange.fail(self._error or self._no_node(self._exchange.profile.key))
+
     def cancel(self) -> None:
-        """Its pause is over, or the request is. Idempotent."""
-        key, self._paused = self._paused, None
-        if key is not None:
-            self._forwarder.paused[key] -= 1
-            if not self._forwarder.paused[key]:
-                del self._forwarder.paused[key]
+        """The request is over. Idempotent."""
+        line, self._line = self._line, None
+        if line is not None:
+            line.leave(self)
 
     def _no_node(self, key: str) -> MeshError:
-        profile = self._exchange.profile
+        profile, local = self._exchange.profile, self._forwarder.local
         name = profile.id
+        drained = bool(profile.max_instances) and not local.serves(key)
         if self._sender is not None:
+            if drained:
+                return DrainingError(f"this node is drained; it serves '{name}' no more")
             return UnknownModelError(f"Model '{name}' is not on this node", param="model")
         known = self._forwarder.peers.who_has(key)
-        if not known and profile.max_instances and not self._forwarder.local.serves(key):
+        if not known and drained:
             return DrainingError(f"this node is drained, and no other one has '{name}'")
         return NoNodeError(f"no node that has '{name}' can serve it now: {'; '.join(known) or 'all of them are gone'}")
 
@@ -313,7 +274,7 @@ class Trip:
             return False
         if waited:
             self.waited(self._exchange.waited_s)
-        (self._busy if error.type in _FULL else self._asked).add(_HERE)
+        (self._busy if error.type in FULL else self._asked).add(_HERE)
         self.go()
         return True
 
@@ -321,6 +282,7 @@ class Trip:
         """*peer* could not be reached, or was lost after the request was *sent*."""
         (self._asked if sent else self._busy).add(peer.key)
         if not sent:  # to its client it is as if nobody had the model (trap 62)
+            self.waited(self._exchange.waited_s)
             error = NoNodeError(f"no node that has '{self._exchange.profile.id}' can be reached: {error.message}")
         if self._error is None:
             self._error = error
@@ -328,21 +290,33 @@ class Trip:
 
     def peer_refused(self, peer: Peer, status: int, kind: str, body: bytes) -> None:
         """*peer* said no: as *kind* tells, for now or for good."""
-        peer.corrected(self._exchange.profile.key, kind)  # trap 61
         error = _refusal(status, kind, body, peer.node_id)
         if self._error is None or isinstance(self._error, _OF_PEERS):
             self._error = error
-        (self._busy if kind in _FULL else self._asked).add(peer.key)
-        self.waited(self._exchange.waited_s)
+        if kind == "request_timeout" and status != 408:  # max_request_duration_ms: it would be the same elsewhere
+            self._exchange.fail(error)
+            return
+        (self._busy if kind in FULL else self._asked).add(peer.key)
+        if kind not in _WORKED:
+            self.waited(self._exchange.waited_s)
         self.go()
+
+
+def _sample(peers: list[Peer]) -> list[Peer]:
+    return peers if len(peers) <= _COMPARED else random.sample(peers, _COMPARED)
+
+
+def _too_many(limit: int, profile: Profile) -> MeshError:
+    text = f"Queue full: {limit} requests already wait for some node to have room for '{profile.id}' (max_queue_size)"
+    return QueueFullError(text)
 
 
 def _refusal(status: int, kind: str, body: bytes, node_id: str) -> PeerRefusalError:
     """Return a peer's refusal in its own words, with its name."""
     try:
         message = str(msgspec.json.decode(body)["error"]["message"])
-    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, RecursionError):
         message = kind.replace("_", " ")
-    status = status if status in (400, 404, 500, 502, 503, 504) else 502
+    status = status if status in (400, 404, 408, 413, 431, 500, 502, 503, 504) else 502
     retry_after_s = CapacityError("").retry_after_s if status == 503 else None
     return PeerRefusalError(f"node {node_id}: {message}", status=status, type=kind, retry_after_s=retry_after_s)

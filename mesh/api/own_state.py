@@ -6,11 +6,14 @@ refreshed off the path of requests and remembered; what changes with every reque
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from mesh import __version__
 from mesh.api.context import NodeContext
@@ -19,7 +22,12 @@ from mesh.config.profile import Profile
 from mesh.core.lifecycle import State
 from mesh.core.node_state import Fit, Kind, NodeState, ProfileState
 from mesh.core.speed import Speed
+from mesh.core.speed import State as SpeedState
 from mesh.engine import memory_report
+from mesh.files import replace_file
+from mesh.logs import Log
+
+_log = Log(__name__)
 
 #: Requests of one profile that are learned from: more of them per second say nothing new.
 LEARN_EVERY_S: Final = 0.05
@@ -50,7 +58,8 @@ class OwnState:
         self._speeds: dict[str, Speed] = {}
         self._learned_at: dict[str, float] = {}
         self._timed: set[str] = set()  # instances whose load was timed
-        self.left = False
+        self._saved = b""
+        self._save_failed = False
 
     # --- what others are told
 
@@ -68,7 +77,6 @@ class OwnState:
             boot=self._boot,
             ready=ctx.engine_problem() is None,
             draining=ctx.draining or ctx.drained,
-            left=self.left,
             current_requests=ctx.metrics.current_requests,
             queue_length=sum(ctx.supervisor.queues().values()),
             capacity_mib=dict(budget.capacity.mib),
@@ -157,7 +165,7 @@ class OwnState:
             return
         self._learned_at[key] = now
         prompt, generated = tokens
-        admitted = exchange.since + (exchange.queue_s or 0.0)
+        admitted = exchange.admitted_at
         first = exchange.first_byte_at
         load = self._ctx.supervisor.load(key)
         told = exchange.timings()
@@ -173,9 +181,30 @@ class OwnState:
             shared=1.0 + sum(view.key != key and view.active > 0 for view in self._ctx.supervisor.instances()),
         )
 
-    def saved(self) -> Mapping[str, object]:
-        """Return what was learned, for a file."""
-        return {key: speed.saved() for key, speed in self._speeds.items()}
+    def restore(self, path: Path, now: float) -> None:
+        """Begin with what an earlier process learned; a bad file is a warning."""
+        try:
+            states = msgspec.json.decode(path.read_bytes(), type=dict[str, SpeedState])
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            _log.warning("speeds are learned anew: the file cannot be read", path=str(path), reason=str(error))
+            return
+        self._speeds = {key: Speed.restore(state, now) for key, state in states.items()}
+
+    async def save(self, path: Path) -> None:
+        """Keep what was learned, if it is anything new; written off the loop (trap 97)."""
+        content = msgspec.json.encode({key: speed.saved() for key, speed in sorted(self._speeds.items())})
+        if content == self._saved:
+            return
+        try:
+            await asyncio.to_thread(replace_file, path, content)
+        except OSError as error:
+            if not self._save_failed:  # edge-triggered
+                _log.warning("speeds are kept in memory only", path=str(path), reason=str(error))
+            self._save_failed = True
+            return
+        self._saved, self._save_failed = content, False
 
 
 def _rounded(figure: float | None) -> float | None:

@@ -102,6 +102,7 @@ class Relay(ABC):
     def expect(self, pool: Pool, closes_client: bool) -> None:
         """Be ready for an answer from one of *pool*'s connections."""
         self._pool = pool
+        self._partial = b""  # of a head that another one did not finish
         self.closes_client = closes_client
         self.feed = self._read_head
 

@@ -136,6 +136,7 @@ class Pool:
         if connection.paused:
             connection.resume_reading()
         connection.idle_since = now
+        connection.reused = True  # from now on it may be closed for being idle, answered or not
         self.idle.append(connection)
         if self._prune_timer is None:
             self._prune_timer = asyncio.get_running_loop().call_later(_PRUNE_INTERVAL_S, self._prune)

@@ -30,6 +30,15 @@ _WITHOUT = {
 }
 
 
+#: How long a refusal is believed, if no newer record comes: not for ever, for it may be about a moment.
+BELIEVED_S = 10.0
+#: Refusals that pass soon, and how long nobody asks again after one.
+FULL = frozenset({"queue_full", "no_capacity"})
+FULL_S = 1.0
+#: A record that does not change is still true: what changes is told within a few exchanges. It counts as no older.
+SETTLED_S = 5.0
+
+
 class Member(Protocol):
     """What gossip tells of a member."""
 
@@ -55,11 +64,9 @@ class Peer:
     __slots__ = (
         "_now",
         "_own_then",
+        "_said",
         "_since_loading",
-        "_without",
         "breaker",
-        "draining",
-        "endpoint",
         "failures_total",
         "forwards",
         "forwards_total",
@@ -85,14 +92,15 @@ class Peer:
         self.status = "alive"  #: as gossip has it: alive, suspect or dead
         self.stamp = (-1, -1)
         self.updated_at = 0.0
-        self.draining = False
         self.rejected: str | None = None  #: why it takes no part, for example its version
         self.breaker = Breaker(limits)
         self.rtt_s: float | None = None
         self.good_address: str | None = None  #: the one that worked last
         self.forwards: Counter[str] = Counter()  #: own requests that are in flight there, by profile
         self._own_then: Mapping[str, int] = {}
-        self._without: dict[str, str] = {}  #: profiles that it says it cannot serve, and why
+        #: what it said in person and its record does not: why it takes no request for a profile, and until when that
+        #: is believed; None stands for all profiles
+        self._said: dict[str | None, tuple[str, float]] = {}
         self._since_loading: dict[str, float] = {}
         self.forwards_total = 0
         self.failures_total = 0
@@ -119,22 +127,45 @@ class Peer:
             return False
         self.state = state = decode_state(member.payload)
         self.stamp, self.updated_at = stamp, member.updated_at
-        self.node_id, self.draining = state.node_id, state.draining
+        self.node_id = state.node_id
         self.profiles = {profile.key: profile for profile in state.profiles}
         self._own_then = dict(self.forwards)
-        self._without.clear()
+        self._said.clear()
         loading = {key for key, profile in self.profiles.items() if profile.loading}
         now = self._now()
         self._since_loading = {key: self._since_loading.get(key, now) for key in loading}
         return True
 
-    def corrected(self, key: str, kind: str) -> None:
-        """Note what it said in person: a refusal of the given *kind* for the profile *key*."""
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new work, as its record or itself says."""
+        return self.state.draining or self._told(None) is not None
+
+    def corrected(self, key: str, kind: str, stamp: tuple[int, int]) -> None:
+        """Note what it said in person: a refusal of the given *kind* for the profile *key*.
+
+        *stamp* is that of the record which led there; a newer record knows better.
+        """
         self.refusals_total += 1
+        if stamp != self.stamp:
+            return
+        now = self._now()
         if kind == "draining":
-            self.draining = True
+            self._said[None] = "draining", now + BELIEVED_S
+        elif kind in FULL:
+            self._said[key] = "it said a moment ago that it is full", now + FULL_S
         elif kind in _WITHOUT:
-            self._without[key] = _WITHOUT[kind]
+            self._said[key] = _WITHOUT[kind], now + BELIEVED_S
+
+    def _told(self, key: str | None) -> str | None:
+        """Return what it said of *key* in person, while that is believed."""
+        said = self._said.get(key)
+        if said is None:
+            return None
+        if said[1] <= self._now():
+            del self._said[key]
+            return None
+        return said[0]
 
     def has(self, key: str) -> bool:
         return key in self.profiles
@@ -156,6 +187,9 @@ class Peer:
         self.forwards[key] -= 1
         if self.forwards[key] <= 0:
             del self.forwards[key]
+            profile = self.profiles.get(key)
+            if profile is None or not profile.loading:  # nobody waits there for a load of ours any more
+                self._since_loading.pop(key, None)
         if permit is not None:
             self.breaker.dropped(permit)
 
@@ -192,7 +226,7 @@ class Peer:
             key=self.key,
             node_id=self.node_id,
             profile=profile,
-            age_s=self.age_s,
+            age_s=min(self.age_s, SETTLED_S) if self.status == "alive" else self.age_s,
             own_now=self.forwards.get(key, 0),
             own_then=self._own_then.get(key, 0),
             loading_for_s=None if since is None else now - since,
@@ -200,7 +234,7 @@ class Peer:
             draining=self.draining,
             reachable=self.alive,
             circuit_s=self.breaker.refusal_s(now),
-            rejected=self.rejected or self._without.get(key),
+            rejected=self.rejected or self._told(key),
             max_queue=(profile.max_queue or None) if profile is not None else None,
             beside=beside(self.state.profiles, key, self._news()),
         )
@@ -212,7 +246,9 @@ class Peer:
     def may_serve(self, key: str) -> bool:
         """Whether it would take a request for *key* if it could be reached and had room, as far as it has told."""
         profile = self.profiles.get(key)
-        if profile is None or self.draining or self.rejected is not None or key in self._without:
+        if profile is None or self.draining or self.rejected is not None:
+            return False
+        if (said := self._said.get(key)) is not None and said[0] in _WITHOUT.values() and self._told(key):
             return False
         return profile.fit != Fit.NEVER or bool(profile.ready or profile.loading)
 
@@ -222,7 +258,7 @@ class Peer:
             return "gone"
         if (wait_s := self.breaker.refusal_s(self._now())) is not None:
             return f"not reachable, tried again in {wait_s:.0f} s"
-        return self.rejected or self._without.get(key) or ("draining" if self.draining else None)
+        return self.rejected or self._told(key) or ("draining" if self.draining else None)
 
     def gauge(self) -> PeerGauge:
         """Return it as metrics show it."""

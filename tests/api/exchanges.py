@@ -16,7 +16,7 @@ class _Served:
     profile: Profile = SMOL
     watched: bool = True
     since: float = 100.0
-    queue_s: float | None = 1.0
+    admitted_at: float = 101.0
     first_byte_at: float | None = 103.0
     bytes_in: int = 4000
     route: Route = field(default_factory=lambda: BY_PATH[b"/v1/chat/completions"][b"POST"])

@@ -205,7 +205,7 @@ class MeshNode(LoopbackNode):
 
     async def settled(self) -> None:
         await super().settled()
-        assert not self.forwarder.paused
+        assert not any(len(line) for line in self.forwarder.lines.values())
         for peer in self.peers:
             assert not peer.forwards, peer.node_id
 

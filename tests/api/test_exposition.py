@@ -105,7 +105,7 @@ def meshed_node() -> Node:
     peer.measured(0.25)
     peer.failed(peer.begin("q:default"))
     peer.begin("q:default")
-    peer.corrected("q:default", "queue_full")
+    peer.corrected("q:default", "queue_full", peer.stamp)
     mesh.clock.time += 7
     return node
 

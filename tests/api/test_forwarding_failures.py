@@ -25,8 +25,9 @@ CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.api.forwarding.FIRST_PAUSE_S", 0.002)
-    monkeypatch.setattr("mesh.api.forwarding.LAST_PAUSE_S", 0.004)
+    monkeypatch.setattr("mesh.api.waiting_line.FIRST_PAUSE_S", 0.002)
+    monkeypatch.setattr("mesh.api.waiting_line.LAST_PAUSE_S", 0.004)
+    monkeypatch.setattr("mesh.net.peer.FULL_S", 0.003)
 
 
 @pytest.fixture
@@ -237,8 +238,6 @@ async def _broken(*parts: bytes, how: str) -> Answer:
             await two.plane.close()
         elif how == "links":
             await two.links.close(grace_s=1.0)
-        elif how == "gone":
-            one.forgets(two)
         else:
             two.instance.writers[0].transport.abort()
         answer = await client.answer()
@@ -254,7 +253,7 @@ async def _broken(*parts: bytes, how: str) -> Answer:
         return answer
 
 
-@pytest.mark.parametrize("how", ["cut", "stops", "links", "gone", "instance"])
+@pytest.mark.parametrize("how", ["cut", "stops", "links", "instance"])
 async def test_an_event_stream_that_breaks(how: str) -> None:
     """An error event, and the message stays open: never a clean end (trap 7)."""
     answer = await _broken(SSE, CHUNK, how=how)
@@ -264,14 +263,14 @@ async def test_an_event_stream_that_breaks(how: str) -> None:
     assert first["source"] == ("instance" if how == "instance" else "peer")
 
 
-@pytest.mark.parametrize("how", ["cut", "stops", "links", "gone", "instance"])
+@pytest.mark.parametrize("how", ["cut", "stops", "links", "instance"])
 @pytest.mark.parametrize("framing", [b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"])
 async def test_a_body_that_breaks(framing: bytes, how: str) -> None:
     answer = await _broken(b"HTTP/1.1 200 OK\r\n" + framing, how=how)
     assert (answer.status, answer.ended) == (200, "broken")
 
 
-@pytest.mark.parametrize("how", ["cut", "stops", "gone"])
+@pytest.mark.parametrize("how", ["cut", "stops"])
 async def test_a_body_without_an_end_of_its_own_that_breaks(how: str) -> None:
     """The connection's end is the body's: so it must not end cleanly."""
     async with met(mesh_node(1, profiles=()), mesh_node(2, then_hang(b"HTTP/1.1 200 OK\r\n\r\nabc"))) as (one, two):
@@ -280,8 +279,6 @@ async def test_a_body_without_an_end_of_its_own_that_breaks(how: str) -> None:
         assert await client.reader.readexactly(3) == b"abc"
         if how == "cut":
             cut(two)
-        elif how == "gone":
-            one.forgets(two)
         else:
             await two.plane.close()
         with pytest.raises(ConnectionResetError):

@@ -122,14 +122,14 @@ async def test_the_link_that_nobody_waits_for_any_more_is_kept() -> None:
 
 
 async def test_leaving_in_the_pause_between_two_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.api.forwarding.FIRST_PAUSE_S", 30.0)
+    monkeypatch.setattr("mesh.api.waiting_line.FIRST_PAUSE_S", 30.0)
     async with met(mesh_node(1, profiles=()), mesh_node(2)) as (one, two):
         two.admission.refusal = QueueFullError("full")
         client = await asked(one)
-        await one.until(lambda: one.forwarder.paused[TINY] == 1)
+        await one.until(lambda: one.forwarder.waiting(TINY) == 1)
         client.abort()
         await left(one)
-        assert TINY not in one.forwarder.paused
+        assert one.forwarder.waiting(TINY) == 0
 
 
 async def test_leaving_with_two_nodes_in_between() -> None:

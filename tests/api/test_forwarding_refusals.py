@@ -41,8 +41,9 @@ REFUSALS = [
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mesh.api.forwarding.FIRST_PAUSE_S", 0.002)
-    monkeypatch.setattr("mesh.api.forwarding.LAST_PAUSE_S", 0.004)
+    monkeypatch.setattr("mesh.api.waiting_line.FIRST_PAUSE_S", 0.002)
+    monkeypatch.setattr("mesh.api.waiting_line.LAST_PAUSE_S", 0.004)
+    monkeypatch.setattr("mesh.net.peer.FULL_S", 0.003)
     monkeypatch.setattr("mesh.api.delivery.CRASH_NOTICE_S", 0.001)
 
 
@@ -93,7 +94,7 @@ async def test_all_are_full_and_then_one_is_not() -> None:
         client = await one.client()
         client.send(post(ASK))
         await one.until(lambda: len(two.admission.tickets) > 2 and len(three.admission.tickets) > 2)
-        assert one.forwarder.paused[TINY] in (0, 1)
+        assert one.forwarder.waiting(TINY) in (0, 1)
         three.admission.refusal = None
         answer = await client.answer()
         assert (answer.status, answer.field(b"x-llama-mesh-node")) == (200, b"node-3")
@@ -125,20 +126,20 @@ async def test_a_refusal_that_stands_is_not_waited_for() -> None:
 
 async def test_how_many_may_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """max_queue_size_per_model holds for those that no node has room for, too; who leaves makes room (trap 2)."""
-    monkeypatch.setattr("mesh.api.forwarding.FIRST_PAUSE_S", 3600.0)
+    monkeypatch.setattr("mesh.api.waiting_line.FIRST_PAUSE_S", 3600.0)
     mine = profile(max_instances=0, max_queue=2, max_wait_s=None)
     async with met(mesh_node(1, profiles=(mine,)), mesh_node(2)) as (one, two):
         two.admission.refusal = QueueFullError("full")
         clients = [await one.client() for _ in range(3)]
         for client in clients[:2]:
             client.send(post(ASK))
-        await one.until(lambda: one.forwarder.paused[TINY] == 2)
+        await one.until(lambda: one.forwarder.waiting(TINY) == 2)
         answer = await ask(one)
         assert (answer.status, error_of(answer)["type"]) == (503, "queue_full")
         clients[0].abort()
-        await one.until(lambda: one.forwarder.paused[TINY] == 1)
+        await one.until(lambda: one.forwarder.waiting(TINY) == 1)
         clients[2].send(post(ASK))
-        await one.until(lambda: one.forwarder.paused[TINY] == 2)
+        await one.until(lambda: one.forwarder.waiting(TINY) == 2)
         for client in clients[1:]:
             client.abort()
         await one.settled()
@@ -238,13 +239,13 @@ async def test_the_wait_before_a_crash_counts() -> None:
 
 async def test_its_time_is_over_while_no_node_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """max_request_duration_ms: nobody worked on it, so it is 503, as in the queue."""
-    monkeypatch.setattr("mesh.api.forwarding.FIRST_PAUSE_S", 3600.0)
+    monkeypatch.setattr("mesh.api.waiting_line.FIRST_PAUSE_S", 3600.0)
     mine = profile(max_instances=0, max_wait_s=None, max_request_s=60.0)
     async with met(mesh_node(1, profiles=(mine,)), mesh_node(2)) as (one, two):
         two.admission.refusal = QueueFullError("full")
         client = await one.client()
         client.send(post(ASK))
-        await one.until(lambda: one.forwarder.paused[TINY] == 1)
+        await one.until(lambda: one.forwarder.waiting(TINY) == 1)
         one.late = 61.0
         answer = await client.answer()
         assert (answer.status, error_of(answer)["type"]) == (503, "request_timeout")

@@ -310,7 +310,7 @@ def test_what_is_not_learned_of() -> None:
 
 def test_an_answer_that_came_whole_has_no_first_byte() -> None:
     own = own_state(Node())
-    own.finished(served(first_byte_at=None, queue_s=None), 113.0, (1000, 101))
+    own.finished(served(first_byte_at=None, admitted_at=100.0), 113.0, (1000, 101))
     learned = own.profile(SMOL)
     assert (learned.prefill_tps, learned.decode_tps) == (None, None)
     assert learned.service_s == pytest.approx(13)
@@ -325,7 +325,78 @@ def test_figures_are_rounded() -> None:
         assert figure == float(f"{figure:.3g}")
 
 
-def test_what_was_learned_can_be_saved() -> None:
+def test_what_an_instance_did_counts_from_its_own_admission() -> None:
+    """Not what a request waited for before, or was with a peer that then refused it."""
+    own = own_state(Node())
+    own.finished(served(since=10.0), 113.0, (1000, 101))
+    assert own.profile(SMOL).service_s == pytest.approx(12)
+
+
+# --- from one process to the next
+
+
+async def test_what_was_learned_outlives_the_process(tmp_path: Path) -> None:
+    """A node that was restarted is not a stranger to its own speed."""
+    path = tmp_path / "state" / "speeds.json"
     own = own_state(Node())
     own.finished(served(), 113.0, (1000, 101))
-    assert list(own.saved()) == [SMOL.key]
+    await own.save(path)
+    after = own_state(Node())
+    after.restore(path, 5.0)
+    assert after.profile(SMOL) == own.profile(SMOL)
+    assert after.profile(SMOL).decode_tps is not None
+    assert after.profile(SLASHED).decode_tps is None
+
+
+async def test_only_what_is_new_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "speeds.json"
+    own = own_state(Node())
+    own.finished(served(), 113.0, (1000, 101))
+    await own.save(path)
+    path.unlink()
+    await own.save(path)
+    assert not path.exists()
+    own.finished(served(), 114.0, (1000, 101))
+    await own.save(path)
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"a": 1}',
+        b'{"a": {"load_s": "x"}}',
+        b"\xff\xfe",
+        b'{"\xff": {}}',
+        b'{"a": {"x": ' + b"[" * 100_000,
+    ],
+    ids=range(9),
+)
+def test_a_damaged_file_is_a_warning(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "speeds.json"
+    path.write_bytes(content)
+    own = own_state(Node())
+    own.restore(path, 5.0)
+    assert caplog.text.count("speeds are learned anew") == 1
+    own.finished(served(), 113.0, (1000, 101))
+    assert own.profile(SMOL).service_s == pytest.approx(12)
+
+
+def test_there_is_no_file_yet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own_state(Node()).restore(tmp_path / "speeds.json", 5.0)
+    assert caplog.text == ""
+
+
+async def test_a_disk_that_takes_nothing_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    own = own_state(Node())
+    own.finished(served(), 113.0, (1000, 101))
+    for _ in range(3):
+        await own.save(tmp_path / "file" / "speeds.json")
+    assert caplog.text.count("speeds are kept in memory only") == 1
+    await own.save(tmp_path / "speeds.json")
+    assert (tmp_path / "speeds.json").exists(), "it tried again"

@@ -16,6 +16,7 @@ import pytest
 import uvloop
 
 from mesh.config.settings import Cluster
+from mesh.config.settings import Discovery as MdnsSetting
 from mesh.errors import ConfigError
 from mesh.net import discovery
 from mesh.net.addresses import LocalAddress
@@ -296,7 +297,8 @@ class TestMdns:
 
     def test_a_service_name_that_is_none(self) -> None:
         bench = Bench()
-        settings = Cluster.model_validate({"discovery": {"service_name": "llama mesh"}})
+        discovery = MdnsSetting.model_construct(mdns=True, service_name="llama mesh")  # past what the loader checks
+        settings = Cluster.model_construct(peers=(), discovery=discovery)
         with pytest.raises(ConfigError, match=r"cluster\.discovery\.service_name"):
             Discovery(
                 settings,

@@ -174,55 +174,6 @@ def test_since_when_a_load_is_under_way(now: Clock) -> None:
     assert peer.candidate(QWEN).loading_for_s is None
 
 
-# --- corrections
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("model_not_found", "does not have the model"),
-        ("model_too_large", "too large"),
-        ("engine_missing", "no engine"),
-        ("instance_failed", "does not start"),
-    ],
-)
-def test_what_it_says_in_person_counts_at_once_and_until_its_next_record(now: Clock, kind: str, said: str) -> None:
-    """trap 61"""
-    first = member(1, profile(ready=1), profile("b:default"))
-    peers = made_peers(now, first)
-    peer = only(peers)
-    peer.corrected(QWEN, kind)
-    assert said in (peer.candidate(QWEN).rejected or "")
-    assert said in (peer.in_the_way(QWEN) or "")
-    assert peer.candidate("b:default").rejected is None
-    sync(peers, replace(first, status="suspect"))  # not a record
-    assert peer.candidate(QWEN).rejected is not None
-    sync(peers, first.later())
-    assert peer.candidate(QWEN).rejected is None
-    assert peer.refusals_total == 1
-
-
-def test_a_node_that_says_it_drains_is_out_at_once(now: Clock) -> None:
-    """trap 61"""
-    first = member(1, profile(ready=1))
-    peers = made_peers(now, first)
-    only(peers).corrected(QWEN, "draining")
-    assert only(peers).candidate(QWEN).draining
-    assert only(peers).in_the_way(QWEN) == "draining"
-    assert not peers.may_come(QWEN, set())
-    sync(peers, first.later())
-    assert not only(peers).candidate(QWEN).draining
-
-
-@pytest.mark.parametrize("kind", ["queue_full", "queue_timeout", "no_capacity", "whatever"])
-def test_a_full_node_stays_a_candidate(now: Clock, kind: str) -> None:
-    """trap 59: it is healthy, and only has no room now."""
-    peers = made_peers(now, member(1, profile(ready=1)))
-    only(peers).corrected(QWEN, kind)
-    assert only(peers).in_the_way(QWEN) is None
-    assert only(peers).refusals_total == 1
-
-
 # --- the circuit breaker
 
 TRIPPY = Limits(failure_threshold=2, success_threshold=1, open_base_s=5.0)
@@ -290,17 +241,6 @@ def test_the_address_that_worked_comes_first(now: Clock) -> None:
     assert peer.addresses() == ("b:2", "a:1")
     peer.good_address = "found:3"
     assert peer.addresses() == ("found:3", "a:1", "b:2")
-
-
-def test_a_gauge(now: Clock) -> None:
-    peer = only(made_peers(now, member(1, profile(ready=1), profile("b:default"))))
-    now.time += 4
-    peer.failed(peer.begin(QWEN))
-    peer.begin("b:default")
-    peer.corrected(QWEN, "queue_full")
-    gauge = peer.gauge()
-    assert (gauge.node_id, gauge.up, gauge.circuit, gauge.rtt_s, gauge.record_age_s) == ("n1", True, "closed", None, 4)
-    assert (gauge.in_flight, gauge.forwards_total, gauge.failures_total, gauge.refusals_total) == (2, 2, 1, 1)
 
 
 # --- versions
