@@ -60,7 +60,7 @@ class UrgentNews:
 
     def failed(self, order: Order) -> None:
         """It failed, or was never made."""
-        for news in order.about if order.key is not None else ():
+        for news in order.about:
             self._table.records.missed(order.key, news.key, news.age)
         if self._awaited.pop(order, None) is not None:  # else it was late, too
             self._again(order)
@@ -86,10 +86,9 @@ class UrgentNews:
         return chosen
 
     def _untold(self, key: PeerKey) -> tuple[News, ...]:
-        """Return the urgent news that *key* lacks; it counts as told from now on, and as sent when there is an answer."""
+        """Return the urgent news that *key* lacks. It counts as told from now on, and as a send once it is answered."""
         first = self._table.tuning.urgent_rounds
         untold = [(about, rumour) for about, rumour in self._table.records.urgent.items() if key not in rumour.told]
-        news = [News(about, rumour.age, rumour.is_repeated or rumour.urgent_rounds >= first) for about, rumour in untold]
         for _, rumour in untold:
             rumour.told.add(key)
-        return tuple(news)
+        return tuple(News(about, r.age, r.is_repeated or r.urgent_rounds >= first) for about, r in untold)

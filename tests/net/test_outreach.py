@@ -33,14 +33,14 @@ from tests.net.outreach_nodes import (
 from tests.net.test_links import silent_port
 
 EAGER = Limits(failure_threshold=1, success_threshold=2, open_base_s=5.0, probe_interval_s=0.0)
-#: What a peer may say of where it is. The resolver is the first to refuse the fifth, and the sixth of a contact.
+#: What a peer may say of where it is. The sixth is an address, but the resolver raises ``ValueError``.
 MALFORMED = (
     "",
     "nowhere",
     ":80",
     "127.0.0.1:99999",
     f"{'a' * 64}.example:80",
-    "[fe80::1%\0]:80",
+    f"[fe80::1%{'x' * 100}]:80",
     "[::1:80",
     "two words:80",
     "http://127.0.0.1:80",
