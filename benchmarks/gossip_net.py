@@ -21,6 +21,7 @@ from mesh.core.node_state import PeerKey
 #: HTTP/1.1 head and Noise framing around a message, each way.
 ENVELOPE_BYTES = 180
 _CONTACT_RETRY_S = 2.0
+_FAREWELLS = 8
 
 
 @dataclass(slots=True)
@@ -104,10 +105,11 @@ class Network:
         self.nodes[key].up = False
 
     def leave(self, key: PeerKey) -> None:
-        """Say goodbye, and be gone half a second later."""
+        """Say goodbye to a few, and be gone half a second later."""
         node = self.nodes[key]
         node.core.leave()
-        self._pump(node)
+        for order in node.core.farewell(_FAREWELLS, self.local(node)):
+            self._exchange(node, order, order.key)
         self._call(self.now + 0.5, lambda: setattr(node, "up", False))
 
     def publish(self, key: PeerKey, payload: bytes, *, urgent: bool = False) -> None:

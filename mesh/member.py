@@ -28,7 +28,7 @@ from mesh.core import breaker
 from mesh.core.gossip_message import MAX_RECEIVED_BYTES
 from mesh.core.gossip_record import MAX_PAYLOAD_BYTES
 from mesh.core.membership import Change, MemberView
-from mesh.core.node_state import PeerIdentity, ProfileState, encode_state
+from mesh.core.node_state import PeerIdentity, PeerKey, ProfileState, encode_state
 from mesh.core.routing import Ranked
 from mesh.errors import ConfigError, RequestError, UnknownModelError
 from mesh.logs import Log
@@ -121,6 +121,7 @@ class MeshMember:
         self._discovery: Discovery | None = None
         self._leaving: asyncio.Task[None] | None = None  #: the goodbye of discovery
         self._tasks: list[asyncio.Task[None]] = []
+        self._changed: dict[PeerKey, MemberView] = {}  #: what of the others is to be taken over
         self._sync_timer: asyncio.TimerHandle | None = None
         self._told: tuple[object, object] = (None, None)
         self._load_told_at = float("-inf")
@@ -230,7 +231,7 @@ class MeshMember:
         await self.own.save(self._speeds_path)
 
     async def _keep_trust(self) -> None:
-        """Cut off whom the operator does not trust any more; links that live are signs of life (trap 55)."""
+        """Cut off whom the operator does not trust any more; count live links (trap 55), try open circuits (52)."""
         for key in await self._trust.refresh():
             links = self._links.drop(key)
             self._gossip.forget(key)
@@ -238,6 +239,10 @@ class MeshMember:
         for link in self._links.links:
             if link.heard_lately:
                 self._gossip.heard(link.peer.key)
+        now = self._loop.time()
+        for peer in self.peers:
+            if peer.breaker.phase is not breaker.Phase.CLOSED and peer.breaker.refusal_s(now) is None:
+                self._gossip.probe(peer.key)  # in a large mesh its turn would come much later (trap 52)
 
     # --- what others tell
 
@@ -257,12 +262,16 @@ class MeshMember:
             raise RequestError(str(error)) from error
 
     def _member_changed(self, change: Change, member: MemberView) -> None:
+        """Note the latest of *member*; several changes are taken over together. Whether it left is in its status."""
+        self._changed[member.key] = member
         if self._sync_timer is None:
             self._sync_timer = self._loop.call_later(SYNC_DELAY_S, self._sync)
 
     def _sync(self) -> None:
         self._sync_timer = None
-        self.peers.sync(self._gossip.members())
+        changed, self._changed = self._changed, {}
+        for key, member in changed.items():
+            self.peers.changed(key, member)
 
     async def call(self, node_id: str, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Any:
         """See ``MeshView``."""

@@ -42,7 +42,7 @@ def _asyncio_loop_factory(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at everything more often, so that nobody waits; and have a token, and no key."""
-    for name, seconds in (("LOOK_EVERY_S", 0.01), ("LOAD_NEWS_EVERY_S", 0.02), ("TRUST_EVERY_S", 0.01)):
+    for name, seconds in (("LOOK_EVERY_S", 0.01), ("LOAD_NEWS_EVERY_S", 0.02), ("TRUST_EVERY_S", 0.05)):
         monkeypatch.setattr(mesh.member, name, seconds)
     monkeypatch.setenv("CLUSTER_TOKEN", TOKEN)
     monkeypatch.delenv("NODE_PRIVATE_KEY", raising=False)

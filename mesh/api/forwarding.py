@@ -255,6 +255,8 @@ class Trip:
         known = self._forwarder.peers.who_has(key)
         if not known and drained:
             return DrainingError(f"this node is drained, and no other one has '{name}'")
+        if not known and not profile.max_instances and self._forwarder.peers.profile(key) is None:
+            return UnknownModelError(f"Model '{name}' not found in local cookbook or any peer", param="model")
         return NoNodeError(f"no node that has '{name}' can serve it now: {'; '.join(known) or 'all of them are gone'}")
 
     def waited(self, seconds: float) -> None:

@@ -157,7 +157,7 @@ def parse_request(head: bytes, key_header: bytes) -> RequestHead:
         length=length,
         method_text=found["method"].decode("ascii"),
         path_text=path.decode("ascii"),
-        mesh=_mesh_fields(fields),
+        mesh=_mesh_fields(fields) if fields.has(_HOPS) else None,
     )
 
 
@@ -226,6 +226,9 @@ class _Fields:
     def all(self, name: bytes) -> list[bytes]:
         return [value.strip(b" \t") for value in self._values.get(name, ())]
 
+    def has(self, name: bytes) -> bool:
+        return name in self._values
+
     def first(self, name: bytes) -> bytes | None:
         values = self._values.get(name)
         return None if values is None else values[0].strip(b" \t")
@@ -267,11 +270,9 @@ class _Fields:
         return b"\r\n".join([*kept, b""])
 
 
-def _mesh_fields(fields: _Fields) -> MeshFields | None:
-    """Return what another node says of the request, None if none passed it on. There is one hop count (trap 60)."""
+def _mesh_fields(fields: _Fields) -> MeshFields:
+    """Return what another node says of a request that it passed on. There is one hop count (trap 60)."""
     hops = fields.all(_HOPS)
-    if not hops:
-        return None
     if len(hops) > 1 or not hops[0].isdigit() or len(hops[0]) > 4:
         raise ProtocolError("Invalid X-Llama-Mesh-Hops header value")
     model, wait = fields.first(_MODEL), fields.first(_WAIT)

@@ -178,7 +178,7 @@ class Cluster(Section):
         (), "Nodes to join by address, host:port, beside those that are found; names are resolved each time"
     )
     gossip_interval_seconds: Seconds = _key(5.0, "Time between exchanges of state")
-    max_concurrent_gossip: Count = _key(16, "Exchanges at once")
+    max_concurrent_gossip: Count = _key(16, "Exchanges of a kind at once")
     version_mismatch_action: Literal["warn", "reject_major", "reject_any"] = _key(
         "warn", "What to do about a peer of another version: warn, reject_major or reject_any"
     )

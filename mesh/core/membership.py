@@ -180,7 +180,8 @@ class Membership:
         self._table.catch_up_own(now)
         members = self._next_turns(tuning.fanout, now)
         dead = [m for m in self._table.graves.values() if m.status is Status.DEAD and not m.pending]
-        if dead and self._random() * tuning.dead_retry_ticks < 1:
+        alone = self._table.size == 1  # cut off, most likely: nobody else would find out that it is over
+        if dead and (alone or self._random() * tuning.dead_retry_ticks < 1):
             members.append(dead[int(self._random() * len(dead))])
         return [order_for(member, Kind.TICK, now) for member in members]
 

@@ -61,6 +61,7 @@ class UrgentNews:
     def failed(self, order: Order) -> None:
         """It failed, or was never made."""
         for news in order.about:
+            assert order.key is not None  # a contact is told no news
             self._table.records.missed(order.key, news.key, news.age)
         if self._awaited.pop(order, None) is not None:  # else it was late, too
             self._again(order)

@@ -90,7 +90,7 @@ class Gossip:
             rotation=identity.rotation,
             tuning=tuning or Tuning(interval_s=interval_s),
         )
-        self._gate = Gate(verify, allows)
+        self._gate = Gate(verify, allows, lambda key: self._core.view(key) is not None)
         self._exchange = exchange
         self._discovered = contacts
         self._contacts = Contacts(random)

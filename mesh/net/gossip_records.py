@@ -13,7 +13,13 @@ from hashlib import sha256
 from mesh.core.gossip_message import Message, opened
 from mesh.core.gossip_record import Record
 from mesh.core.node_state import PeerKey, decode_state
+from mesh.logs import Log
 
+_log = Log(__name__)
+
+#: Members, and bytes of their records, that a node keeps: who has the token could make up any number of them.
+MOST_MEMBERS = 20_000
+MOST_BYTES = 64 * 1024 * 1024
 _REMEMBERED = 4096
 _REFUSED_S = 60.0
 
@@ -22,9 +28,15 @@ Allows = Callable[[PeerKey, str], bool]
 
 
 class Gate:
-    def __init__(self, verify: Verify, allows: Allows) -> None:
+    """*is_member* tells whether a key is (still) one of a member."""
+
+    def __init__(self, verify: Verify, allows: Allows, is_member: Callable[[PeerKey], bool]) -> None:
         self._verify = verify
         self._allows = allows
+        self._is_member = is_member
+        self._sizes: dict[PeerKey, int] = {}  #: of the records that were passed on, by owner
+        self._bytes = 0
+        self._full = False
         self._genuine: OrderedDict[bytes, None] = OrderedDict()  #: hashes of what was verified
         self._refused: dict[tuple[PeerKey, bytes], float] = {}
         self.verifications = 0
@@ -46,7 +58,7 @@ class Gate:
                 continue
             elif not self._is_genuine(record):
                 self._refuse(record, now)
-            elif self._is_trusted(record):
+            elif self._is_trusted(record) and self._has_room(record):
                 passed.append((record, heat))
             else:
                 refused.append(record)
@@ -72,6 +84,35 @@ class Gate:
         except ValueError:
             return False
         return self._allows(record.key, state.node_id)
+
+    def _has_room(self, record: Record) -> bool:
+        """Whether the table may grow by *record*. Who is a member already can always be replaced, but not grow it."""
+        if self._fits(record):
+            self._count(record)
+            self._full = False
+            return True
+        self._sizes = {key: size for key, size in self._sizes.items() if self._is_member(key)}
+        self._bytes = sum(self._sizes.values())
+        if self._fits(record):
+            self._count(record)
+            return True
+        if not self._full:
+            _log.error(
+                "the mesh has more members than this node keeps; new ones are left out",
+                members=len(self._sizes),
+                bytes=self._bytes,
+            )
+        self._full = True
+        return False
+
+    def _fits(self, record: Record) -> bool:
+        known = self._sizes.get(record.key)
+        grown = self._bytes + len(record.body) - (known or 0)
+        return grown <= MOST_BYTES and (known is not None or len(self._sizes) < MOST_MEMBERS)
+
+    def _count(self, record: Record) -> None:
+        self._bytes += len(record.body) - self._sizes.get(record.key, 0)
+        self._sizes[record.key] = len(record.body)
 
     def _is_refused(self, record: Record, now: float) -> bool:
         return self._refused.get((record.key, record.signature), now) > now

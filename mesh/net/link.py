@@ -281,8 +281,11 @@ class Link(asyncio.Transport, asyncio.Protocol):
 
     @property
     def heard_lately(self) -> bool:
-        """Whether the other end gave a sign of life within the last seconds: it pings if it has nothing to say."""
-        return self._unheard <= PING_AFTER_TICKS + 1
+        """Whether the other end gave a sign of life within the last seconds: it pings if it has nothing to say.
+
+        Not once the link is closing: then ticks are counted from that, whoever ended it.
+        """
+        return not self._closing and self._unheard <= PING_AFTER_TICKS + 1
 
     def tick(self) -> None:
         """A second has passed."""

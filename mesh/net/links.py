@@ -85,6 +85,7 @@ class Links:
         self._timer: asyncio.TimerHandle | None = None
         self._empty = asyncio.Event()
         self._empty.set()
+        self.failures = FailureLog()
         self._accepting = _Accepting(self)
         self.closed = False
 
@@ -255,7 +256,6 @@ class _Accepting:
         self._strangers = RateLimiter(links.limits.strangers)
         self._under_way: dict[LinkHandshake, str] = {}  # those of strangers, and their sources
         self._known: dict[str, None] = {}  # sources that a link has come from; the latest last
-        self._failures = FailureLog()
 
     def begin(self, handshake: LinkHandshake) -> Session:
         """Let *handshake* begin, or raise ``LinkError``. Strangers cannot crowd out whom this node knows."""
@@ -279,7 +279,7 @@ class _Accepting:
         self._known[source] = None
         if len(self._known) > _MAX_KNOWN:
             del self._known[next(iter(self._known))]
-        self._failures.worked(source, handshake.address)
+        self._links.failures.worked(source, handshake.address)
         self._links.establish(handshake, session, self._links.serve, arrived)
 
     def failed(self, handshake: LinkHandshake, error: LinkError) -> None:
@@ -288,7 +288,7 @@ class _Accepting:
         if isinstance(error, SelfDialError) or self._links.closed:
             return  # discovery found this node itself: nobody's fault
         now = asyncio.get_running_loop().time()
-        self._failures.failed(source_of(handshake.host), handshake.address, error.message, now)
+        self._links.failures.failed(source_of(handshake.host), handshake.address, error.message, now)
 
 
 class _Dialing(Generic[ProtocolT]):
@@ -299,9 +299,12 @@ class _Dialing(Generic[ProtocolT]):
         self._factory = factory
         self._expect = expect
         self._taken = False
+        self._own_end = ""
         self.result: asyncio.Future[tuple[Link, ProtocolT]] = asyncio.get_running_loop().create_future()
 
     def begin(self, handshake: LinkHandshake) -> Session:
+        assert handshake.tcp is not None
+        self._own_end = join_address(handshake.tcp.get_extra_info("sockname"))
         return self._links.session(handshake, initiator=True, expect=self._expect)
 
     def established(self, handshake: LinkHandshake, session: Session, arrived: list[bytes | Control]) -> None:
@@ -318,6 +321,8 @@ class _Dialing(Generic[ProtocolT]):
 
     def failed(self, handshake: LinkHandshake, error: LinkError) -> None:
         self._links.forget(handshake)
+        if isinstance(error, SelfDialError):
+            self._links.failures.excuse(self._own_end)  # the other end is here, too, and only sees it closed
         if not self.result.done():
             self.result.set_exception(error)
 

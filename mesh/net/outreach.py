@@ -77,7 +77,7 @@ class Outreach:
         error: PeerError = LinkError("no address of it is known")
         for address in known:
             try:
-                answer = await self._request(address, "/cluster/gossip", body, expect=target.key)
+                answer = await self._client.request(address, "POST", "/cluster/gossip", body, expect=target.key)
             except LinkError as failure:
                 error = failure
                 continue
@@ -118,8 +118,9 @@ class Outreach:
         error: PeerError = LinkError(f"no address of node {peer.node_id} is known")
         for address in peer.addresses():
             try:
-                answer = await self._request(
+                answer = await self._client.request(
                     address,
+                    "POST",
                     path,
                     content,
                     headers=(("Content-Type", "application/json"),),
@@ -132,13 +133,6 @@ class Outreach:
                 continue
             return _json_of(peer.node_id, answer)
         raise error
-
-    async def _request(self, address: str, path: str, body: bytes, **options: Any) -> Answer:
-        """POST *body*; raise ``PeerError``, a ``LinkError`` if *address* does not work."""
-        try:
-            return await self._client.request(address, "POST", path, body, **options)
-        except ValueError as failure:  # of the resolver: a peer says what its addresses are
-            raise LinkError(f"'{address}' {failure}") from failure
 
 
 def _json_of(node_id: str, answer: Answer) -> Any:

@@ -62,6 +62,7 @@ class Peer:
     """One other node."""
 
     __slots__ = (
+        "_names",
         "_now",
         "_own_then",
         "_said",
@@ -89,6 +90,7 @@ class Peer:
         self.node_id = ""
         self.state = NodeState("")
         self.profiles: Mapping[str, ProfileState] = {}
+        self._names: frozenset[object] = frozenset()
         self.status = "alive"  #: as gossip has it: alive, suspect or dead
         self.stamp = (-1, -1)
         self.updated_at = 0.0
@@ -119,6 +121,15 @@ class Peer:
     def fingerprint(self) -> str:
         return fingerprint(self.key)
 
+    @property
+    def offer(self) -> tuple[object, ...]:
+        """Return what decides which names lead here; how busy it is does not."""
+        return self.alive, self.node_id, self._names
+
+    def is_as(self, member: Member) -> bool:
+        """Whether *member* tells nothing new."""
+        return self.stamp == (member.incarnation, member.version) and self.status == member.status
+
     def update(self, member: Member) -> bool:
         """Take over what gossip knows; return whether it is a new record. Raise ``ValueError`` if it is malformed."""
         self.status = str(member.status)
@@ -129,6 +140,7 @@ class Peer:
         self.stamp, self.updated_at = stamp, member.updated_at
         self.node_id = state.node_id
         self.profiles = {profile.key: profile for profile in state.profiles}
+        self._names = frozenset((p.key, p.id, p.aliases, p.kind, p.description) for p in state.profiles)
         self._own_then = dict(self.forwards)
         self._said.clear()
         loading = {key for key, profile in self.profiles.items() if profile.loading}

@@ -1,13 +1,17 @@
 """What this node knows of every other one, for routing: its record, its circuit breaker, its distance, own forwards.
 
-Owns no membership (``gossip`` does) and no links. ``sync`` brings it in step with the members; everything here belongs
-to the event loop's thread. Figures of a record are corrected at once by what a peer says in person (trap 61), until its
-next record.
+Owns no membership (``gossip`` does) and no links. ``changed`` takes over what gossip tells of a node, ``sync`` what it
+tells of all; everything here belongs to the event loop's thread. Figures of a record are corrected at once by what a
+peer says in person (trap 61), until its next record.
+
+At a thousand nodes somebody has news all the time, mostly of how busy it is. Those cost what it takes to read them.
+News of who has what change the indices by that much; nothing is made anew from all nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 
 from mesh.config.profile import Profile
 from mesh.core.breaker import Limits
@@ -15,6 +19,7 @@ from mesh.core.node_state import Kind, PeerKey, ProfileState
 from mesh.logs import Log
 from mesh.net.keys import fingerprint
 from mesh.net.peer import Member, Peer
+from mesh.net.peer_models import Models, model_of
 from mesh.net.version_policy import VersionPolicy
 
 _log = Log(__name__)
@@ -22,9 +27,12 @@ _log = Log(__name__)
 #: How long a model of a node that is gone is still known: its clients get 503 and try again, not 404 (trap 62).
 REMEMBERED_S = 600.0
 
+#: What of a peer is in the indices: whether it lives, and what it has.
+_Filed = tuple[bool, tuple[ProfileState, ...]]
+
 
 class Peers:
-    """All of them. ``epoch`` changes with everything that changes what they have."""
+    """All of them."""
 
     def __init__(
         self,
@@ -36,33 +44,55 @@ class Peers:
         self._limits = limits
         self._versions = versions
         self._now = now
-        self._stand_in = stand_in
         self._peers: dict[PeerKey, Peer] = {}
-        self._holders: dict[str, tuple[Peer, ...]] = {}
-        self._names: dict[str, ProfileState] | None = None
-        self._remembered: dict[str, tuple[ProfileState, float]] = {}  #: of nodes that are gone, and until when
-        self._known: dict[tuple[str, str, str, tuple[str, ...]], Profile] = {}
+        self._filed: dict[PeerKey, _Filed] = {}
+        self._models = Models(stand_in)
+        self._having: dict[str, dict[PeerKey, Peer]] = {}  #: who has each profile, alive or not
+        self._holders: dict[str, tuple[Peer, ...]] = {}  #: those that live, in order; made when asked for
+        self._order: tuple[Peer, ...] | None = None  #: as the last
         self._unreadable: dict[PeerKey, tuple[int, int]] = {}  #: records that were told of
-        self.epoch = 0
+        self._forget_at = inf  #: when the first of the remembered models is forgotten
+        self._epoch = 0
         self.on_gone: Callable[[Peer], None] = _nothing  #: told of each peer that is no member any more
+
+    @property
+    def epoch(self) -> int:
+        """Return another number than before if a name may lead elsewhere now: also when a model was forgotten."""
+        if self._forget_at != inf:
+            self._forget()
+        return self._epoch
 
     def sync(self, members: Mapping[PeerKey, Member]) -> None:
         """Bring everything in step with *members*, who are the others."""
-        for key in [key for key in self._peers if key not in members]:
-            self._remove(self._peers.pop(key))
-        self._unreadable = {key: stamp for key, stamp in self._unreadable.items() if key in members}
+        for key in [key for key in (*self._peers, *self._unreadable) if key not in members]:
+            self.changed(key, None)
         for key, member in members.items():
-            peer = self._peers.get(key) or Peer(key, self._limits, self._now)
-            try:
-                peer.update(member)
-            except ValueError as error:
-                self._tell_unreadable(member, error)
-                continue
-            self._peers[key] = peer
+            self.changed(key, member)
+
+    def changed(self, key: PeerKey, member: Member | None) -> None:
+        """Take over what gossip knows of one other node now; None, or that it left: it is no member any more."""
+        known = self._peers.get(key)
+        if member is None or member.status == "left":
+            self._unreadable.pop(key, None)
+            if known is not None:
+                self._remove(known)
+            return
+        if known is not None and known.is_as(member):
+            return
+        peer = known or Peer(key, self._limits, self._now)
+        before = None if known is None else known.offer
+        try:
+            peer.update(member)
+        except ValueError as error:
+            self._tell_unreadable(member, error)
+            if known is None:
+                return
+        else:
+            self._unreadable.pop(key, None)
             peer.rejected = self._versions.judge(key, peer.node_id, peer.state.version)
-        self.epoch += 1
-        self._holders.clear()
-        self._names = None
+        self._peers[key] = peer
+        if peer.offer != before:
+            self._file(peer, (peer.alive, tuple(model_of(profile) for profile in peer.profiles.values())))
 
     def _tell_unreadable(self, member: Member, error: ValueError) -> None:
         """Log it once for each record: it stays the member's last one until it sends another."""
@@ -72,15 +102,48 @@ class Peers:
             _log.warning("a record cannot be read", fingerprint=fingerprint(member.key), reason=str(error))
 
     def _remove(self, peer: Peer) -> None:
+        del self._peers[peer.key]
         until = self._now() + REMEMBERED_S
-        for profile in peer.profiles.values():
-            self._remembered[profile.key] = (profile, until)
+        for model in self._filed[peer.key][1]:
+            self._models.remember(model, until)
+        self._forget_at = self._models.forgets_at
+        self._file(peer, None)
         self._versions.forget(peer.key)
         self.on_gone(peer)
 
+    def _file(self, peer: Peer, now: _Filed | None) -> None:
+        """Bring the indices in step with one peer."""
+        alive, models = now or (False, ())
+        was_alive, had = self._filed.pop(peer.key, (False, ()))
+        if now is not None:
+            self._filed[peer.key] = now
+        for model in models:  # before the next: what it still has is not forgotten in between
+            self._models.add(model, alive=alive)
+            self._having.setdefault(model.key, {})[peer.key] = peer
+        for model in had:
+            self._models.remove(model, alive=was_alive)
+        keys = {model.key for model in models}
+        for key in {model.key for model in had} - keys:
+            having = self._having[key]
+            del having[peer.key]
+            if not having:
+                del self._having[key]
+        for model in (*models, *had):
+            self._holders.pop(model.key, None)
+        self._order = None
+        self._epoch += 1
+
+    def _forget(self) -> None:
+        now = self._now()
+        if now >= self._forget_at:
+            self._epoch += self._models.forget(now)
+            self._forget_at = self._models.forgets_at
+
     def __iter__(self) -> Iterator[Peer]:
         """Iterate in the order of the names, which does not change."""
-        return iter(sorted(self._peers.values(), key=lambda peer: (peer.node_id, peer.key)))
+        if self._order is None:
+            self._order = _in_order(self._peers.values())
+        return iter(self._order)
 
     def __len__(self) -> int:
         return len(self._peers)
@@ -104,9 +167,10 @@ class Peers:
         """Return the live peers that have the profile *key*, whether they can be asked now or not."""
         found = self._holders.get(key)
         if found is None:
-            found = tuple(peer for peer in self if peer.alive and peer.has(key))
-            if found:  # anybody may ask for anything: only what exists is remembered
-                self._holders[key] = found
+            having = self._having.get(key)
+            if having is None:  # anybody may ask for anything: only what exists is remembered
+                return ()
+            found = self._holders[key] = _in_order(peer for peer in having.values() if peer.alive)
         return found
 
     def may_come(self, key: str, asked: set[PeerKey]) -> bool:
@@ -115,43 +179,24 @@ class Peers:
 
     def who_has(self, key: str) -> list[str]:
         """Return each node that has *key*, and why it cannot serve it."""
-        return [f"{p.node_id} ({p.in_the_way(key) or 'has no room'})" for p in self if p.has(key)]
+        having = _in_order(self._having.get(key, {}).values())
+        return [f"{peer.node_id} ({peer.in_the_way(key) or 'has no room'})" for peer in having]
 
     def profile(self, name: str) -> Profile | None:
         """Return a stand-in for what peers know by *name*, None if nobody does or did a short while ago."""
-        if self._names is None:
-            self._names = self._index()
-        state = self._names.get(name.lower())
-        if state is None:
-            return None
-        what = (state.key, state.id, state.kind, state.aliases)
-        profile = self._known.get(what)
-        if profile is None:
-            if len(self._known) > 4 * len(self._names):
-                self._known.clear()
-            profile = self._known[what] = self._stand_in(state)
-        return profile
+        if self._forget_at != inf:
+            self._forget()
+        return self._models.find(name)
 
     def profiles(self) -> Sequence[tuple[ProfileState, tuple[str, ...]]]:
         """Return every profile of live peers, by id, with the names of the nodes that have it."""
-        found: dict[str, tuple[ProfileState, list[str]]] = {}
-        for peer in self:
-            for profile in peer.profiles.values() if peer.alive else ():
-                found.setdefault(profile.key, (profile, []))[1].append(peer.node_id)
-        return [(p, tuple(nodes)) for p, nodes in sorted(found.values(), key=lambda e: (e[0].id, e[0].key))]
+        held = [(key, holders) for key in self._having if (holders := self.holders(key))]
+        found = [(holders[0].profiles[key], tuple(peer.node_id for peer in holders)) for key, holders in held]
+        return sorted(found, key=lambda entry: (entry[0].id, entry[0].key))
 
-    def _index(self) -> dict[str, ProfileState]:
-        """Return every name that leads to a profile, lower-case. Keys win over ids, ids over aliases."""
-        now = self._now()
-        self._remembered = {key: entry for key, entry in self._remembered.items() if entry[1] > now}
-        known = [profile for profile, _ in self._remembered.values()]
-        states = [*known, *(p for peer in self for p in peer.profiles.values() if not peer.alive)]
-        states += [p for peer in self for p in peer.profiles.values() if peer.alive]  # later ones win
-        names: dict[str, ProfileState] = {}
-        for by in (lambda p: p.aliases, lambda p: (p.id,), lambda p: (p.key,)):
-            for state in states:
-                names.update((name.lower(), state) for name in by(state))
-        return names
+
+def _in_order(peers: Iterable[Peer]) -> tuple[Peer, ...]:
+    return tuple(sorted(peers, key=lambda peer: (peer.node_id, peer.key)))
 
 
 def stand_in(state: ProfileState, *, max_wait_s: float | None, max_request_s: float | None, max_queue: int) -> Profile:

@@ -324,7 +324,7 @@ def test_large_records_all_get_through_the_cap() -> None:
 
 
 def test_a_big_mesh_is_learned_from_one_contact() -> None:
-    net = Network(2, loss=0.02)
+    net = Network(3, loss=0.02)
     for key in KEYS[:120]:
         net.start(key, contacts=[A], payload=bytes(3000))
     assert net.run(60, lambda: same(net))

@@ -24,7 +24,7 @@ from mesh.net.peer import Peer
 from tests.api.node import Node
 
 AN_HOUR_S = 3600.0
-_PATIENCE_S = 10.0
+_PATIENCE_S = 30.0
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -185,6 +185,7 @@ async def nodes_in(directory: Path) -> AsyncIterator[Nodes]:
         yield nodes
     finally:
         await nodes.close()
+    assert not [timer for timer in timers() if "MeshMember" in timer]
     for node in nodes.made:
         if hasattr(node, "member"):
             assert not node.member._links.links

@@ -114,7 +114,7 @@ async def test_a_forged_record_changes_nothing(net: MemoryNet) -> None:
 async def test_a_record_is_verified_once() -> None:
     identity = FakeIdentity("x")
     record = seal(identity.key, (1, 1), encode_state(NodeState("x")), rotation=None, left=False, sign=identity.sign)
-    gate = Gate(verify, lambda key, node_id: True)
+    gate = Gate(verify, lambda key, node_id: True, lambda key: True)
     for _ in range(5):
         passed, refused = gate.pass_on(carrying(record), lambda record: True, 0.0)
         assert [found for found, _ in passed] == [record]

@@ -396,6 +396,24 @@ async def test_a_peer_that_says_nothing_is_dead() -> None:
     assert "said nothing for 10 s" in recorder.error.message
 
 
+async def test_a_link_that_is_ended_is_no_sign_of_life() -> None:
+    """trap 55: ticks are counted anew from the end, whoever it came from."""
+    for end in ("close", "abort", "fail"):
+        tcp = FakeTcp()
+        link, recorder, other = link_on(tcp)
+        ticks(link, PING_AFTER_TICKS + 1)
+        assert link.heard_lately
+        link.tick()
+        assert not link.heard_lately
+        tcp.protocol.data_received(other.sealer.seal_control(Control.PING))
+        assert link.heard_lately
+        link.fail("revoked") if end == "fail" else getattr(link, end)()
+        assert not link.heard_lately
+        tcp.protocol.connection_lost(None)
+        assert not link.heard_lately
+        del recorder
+
+
 async def test_who_does_not_listen_does_not_judge() -> None:
     """A paused reader hears no pings; when it reads on, the peer gets its ten seconds."""
     tcp = FakeTcp()

@@ -34,3 +34,17 @@ def test_many_sources_make_no_flood_and_take_no_memory(caplog: pytest.LogCapture
         log.failed(f"2001:db8:{number:x}::/64", "x", "wrong token", 0.001 * number)
     assert len(caplog.records) <= 20 + 5
     assert len(log._failing) <= 1024
+
+
+def test_who_is_excused_is_not_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    log = FailureLog()
+    log.excuse("10.0.0.1:5")
+    log.failed("10.0.0.1", "[::ffff:10.0.0.1]:5", "closed", 0.0)
+    log.excuse("[2001:db8::1]:5")
+    log.failed("2001:db8::/64", "[2001:db8::1]:5", "closed", 0.0)
+    assert not caplog.records
+    log.failed("10.0.0.1", "10.0.0.1:5", "closed", 1.0)
+    assert len(caplog.records) == 1
+    for number in range(5000):
+        log.excuse(f"10.0.0.1:{number}")
+    assert len(log._excused) <= 64

@@ -101,12 +101,30 @@ async def test_somebody_else_than_expected() -> None:
         assert not one.trust.admitted
 
 
-async def test_oneself() -> None:
+async def test_oneself(caplog: pytest.LogCaptureFixture) -> None:
+    """The accepting side only sees that it is closed, and says nothing of it; of others it does."""
     async with node(1) as one:
-        with pytest.raises(SelfDialError, match="the node itself"):
+        for _ in range(3):
+            with pytest.raises(SelfDialError, match="the node itself"):
+                await one.dial(one)
+            await until(lambda: one.links.half_open == 0)
+        assert not one.trust.admitted
+        assert not log_lines(caplog)
+        assert not one.links.failures._excused
+        _, stranger = await asyncio.open_connection("127.0.0.1", one.port)
+        stranger.write(b"\0")
+        stranger.close()
+        await until(lambda: bool(log_lines(caplog)))
+        await stranger.wait_closed()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+async def test_oneself_on_a_socket_for_both_kinds_of_address(caplog: pytest.LogCaptureFixture) -> None:
+    async with node(1, host="::") as one:
+        with pytest.raises(SelfDialError):
             await one.dial(one)
         await until(lambda: one.links.half_open == 0)
-        assert not one.trust.admitted
+        assert not log_lines(caplog)
 
 
 async def test_a_version_that_the_policy_rejects() -> None:

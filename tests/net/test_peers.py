@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh.core.breaker import Limits, Phase
 from mesh.core.node_state import ProfileState
@@ -265,11 +267,138 @@ def test_holders_are_alive(now: Clock) -> None:
     peers = made_peers(now, member(2, profile()), member(1, profile()), member(3, profile(), status="dead"), member(4))
     assert [peer.node_id for peer in peers.holders(QWEN)] == ["n1", "n2"]
     assert peers.holders(QWEN) is peers.holders(QWEN)
-    for number in range(100):
+    for number in range(5000):
         assert peers.holders(f"asked-{number}:default") == ()
     assert len(peers._holders) == 1, "anybody may ask for anything"
     sync(peers, member(1, profile()))
     assert [peer.node_id for peer in peers.holders(QWEN)] == ["n1"]
+
+
+def test_only_news_of_names_make_the_indices_new(now: Clock) -> None:
+    """At a thousand nodes somebody gets busy or idle all the time; what was found stays found."""
+    peers = made_peers(now, member(1, profile()), member(2, profile()))
+    epoch, found = peers.epoch, peers.holders(QWEN)
+    sync(peers, member(1, profile()), member(2, profile()))
+    sync(peers, member(1).later(state("n1", profile(busy=3))), member(2, profile()))
+    assert (peers.epoch, peers.holders(QWEN)) == (epoch, found)
+    assert peers.holders(QWEN)[0].profiles[QWEN].busy == 3
+    busy = member(1).later(state("n1", profile(busy=3)))
+    for news in (
+        [busy, member(2, profile(), status="dead")],
+        [busy, member(2, profile())],
+        [busy, member(2, profile()), member(3)],
+        [busy, member(2, profile())],
+        [busy.later(state("n1", profile(), profile("phi:default"))), member(2, profile())],
+    ):
+        sync(peers, *news)
+        assert peers.epoch > epoch, news
+        epoch = peers.epoch
+
+
+def test_what_is_gone_is_forgotten_without_any_news(now: Clock) -> None:
+    """trap 62: for ten minutes it is 503, then 404; in a quiet mesh nothing else happens meanwhile."""
+    peers = made_peers(now, member(1, profile()))
+    sync(peers)
+    assert peers.profile("qwen") is not None
+    epoch = peers.epoch
+    now.time += REMEMBERED_S - 1
+    assert peers.epoch == epoch
+    now.time += 1
+    assert peers.epoch > epoch, "else whoever remembers what was found goes on saying 503"
+    assert peers.epoch == peers.epoch
+    assert peers.profile("qwen") is None
+    assert len(peers._models) == 0
+
+
+def test_what_is_gone_is_remembered_from_its_last_end(now: Clock) -> None:
+    peers = made_peers(now, member(1, profile()), member(2, profile()))
+    sync(peers, member(2, profile()))
+    now.time += REMEMBERED_S / 2
+    sync(peers)
+    now.time += REMEMBERED_S - 1
+    assert peers.profile("qwen") is not None
+    sync(peers, member(3, profile()))
+    now.time += REMEMBERED_S
+    assert peers.profile("qwen") is not None, "somebody has it again"
+
+
+def test_one_change_touches_one_node(now: Clock) -> None:
+    """At a thousand nodes there is one every few milliseconds."""
+    peers = made_peers(now, member(1, profile(), profile("phi:default")), member(2, profile()), member(3))
+    others = peers.holders("phi:default")
+    gone: list[str] = []
+    peers.on_gone = lambda peer: gone.append(peer.node_id)
+    peers.changed(key_of(2), replace(member(2, profile()), status="dead"))
+    assert [peer.node_id for peer in peers.holders(QWEN)] == ["n1"]
+    assert peers.who_has(QWEN) == ["n1 (has no room)", "n2 (gone)"]
+    peers.changed(key_of(3), member(3).later(state("n3", profile())))
+    peers.changed(key_of(4), member(4, profile(), node_id="a"))
+    assert [peer.node_id for peer in peers.holders(QWEN)] == ["a", "n1", "n3"]
+    assert [peer.node_id for peer in peers] == ["a", "n1", "n2", "n3"]
+    assert peers.holders("phi:default") is others
+    peers.changed(key_of(2), None)
+    peers.changed(key_of(3), replace(member(3), status="left"))
+    for key in (key_of(2), key_of(9)):
+        peers.changed(key, None)
+    assert gone == ["n2", "n3"]
+    assert [peer.node_id for peer in peers.holders(QWEN)] == ["a", "n1"]
+
+
+def test_a_node_that_changes_its_name_changes_its_place(now: Clock) -> None:
+    peers = made_peers(now, member(1, profile()), member(2, profile()))
+    peers.changed(key_of(1), member(1).later(state("z", profile())))
+    assert [peer.node_id for peer in peers] == ["n2", "z"]
+    assert [peer.node_id for peer in peers.holders(QWEN)] == ["n2", "z"]
+
+
+def test_a_node_that_dies_with_a_record_that_cannot_be_read(now: Clock) -> None:
+    peers = made_peers(now, member(1, profile()))
+    assert peers.holders(QWEN)
+    peers.changed(key_of(1), replace(member(1).later(), payload=b"\xc1", status="dead"))
+    assert peers.holders(QWEN) == ()
+
+
+MODELS = [profile(), profile(id="Qwen", aliases=("gpt",)), profile("phi:default", aliases=("GPT", "qwen"))]
+MODELS += [profile("phi:default", description="small"), profile("gpt:default", kind="embedding")]
+STEPS = st.tuples(
+    st.integers(0, 4),
+    st.sampled_from(["alive", "suspect", "dead", "left", "gone", "unreadable"]),
+    st.lists(st.sampled_from(MODELS), max_size=3),
+    st.sampled_from("ab"),
+)
+
+
+@given(st.lists(STEPS, max_size=25), st.booleans())
+def test_it_is_as_if_made_anew(steps: list[tuple[int, str, list[ProfileState], str]], at_once: bool) -> None:
+    now, members = Clock(), dict[Any, Member]()
+    peers = made_peers(now)
+    for version, (number, what, models, name) in enumerate(steps):
+        key = key_of(number)
+        made = replace(member(number, *models, node_id=name), version=version)
+        if what in ("left", "gone"):
+            members.pop(key, None)
+            peers.changed(key, replace(made, status="left") if what == "left" else None)
+        elif what == "unreadable":
+            peers.changed(key, replace(made, payload=b"\xc1", status=members[key].status if key in members else "dead"))
+        else:
+            members[key] = replace(made, status=what)
+            peers.changed(key, members[key])
+        if at_once:
+            peers.profile("gpt")
+            peers.profiles()
+    now.time += REMEMBERED_S
+    anew = made_peers(now, *members.values())
+    assert [peer.key for peer in peers] == [peer.key for peer in anew]
+    assert peers.profiles() == anew.profiles()
+    for model in ("qwen:default", "phi:default", "gpt:default"):
+        assert [peer.key for peer in peers.holders(model)] == [peer.key for peer in anew.holders(model)]
+        assert peers.who_has(model) == anew.who_has(model)
+    for name in ("qwen", "Qwen:default", "gpt", "phi", "PHI:default", "gpt:default", "nobody"):
+        assert peers.profile(name) == anew.profile(name)
+    sync(peers)
+    now.time += REMEMBERED_S
+    assert not peers.epoch - peers.epoch
+    assert (len(peers._models), peers._having, peers._filed, peers._models._names) == (0, {}, {}, {})
 
 
 def test_who_may_still_come(now: Clock) -> None:
@@ -370,7 +499,7 @@ def test_stand_ins_are_not_kept_for_ever(now: Clock) -> None:
     for number in range(100):
         sync(peers, first.later(state("n1", profile(aliases=(f"a{number}",))), version=number + 2))
         assert peers.profile("qwen") is not None
-    assert len(peers._known) < 20
+    assert len(peers._models) < 20
 
 
 def test_the_union_is_in_one_order_whoever_came_first(now: Clock) -> None:
