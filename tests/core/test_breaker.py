@@ -109,6 +109,22 @@ def test_results_from_before_it_opened_are_ignored() -> None:
     assert phase(breaker) is Phase.CLOSED
 
 
+def test_a_success_from_before_it_opened_does_not_hide_failures() -> None:
+    """Trap 53, the other way round: closed again, failures in a row are those of now."""
+    breaker = Breaker(LIMITS)
+    early = granted(breaker, 0.0)
+    for _ in range(LIMITS.failure_threshold):
+        fail(breaker, 0.0)
+    for now in (6.0, 7.5):
+        succeed(breaker, now)
+    assert phase(breaker) is Phase.CLOSED
+    for _ in range(LIMITS.failure_threshold - 1):
+        fail(breaker, 8.0)
+    breaker.succeeded(early, 8.5)
+    fail(breaker, 9.0)
+    assert phase(breaker) is Phase.OPEN
+
+
 def test_one_probe_at_a_time_and_paced() -> None:
     breaker = opened()
     probe = granted(breaker, 5.0)
