@@ -125,6 +125,13 @@ class DrainingError(CapacityError):
     type = "draining"
 
 
+class DrainedError(DrainingError):
+    """An operator took the node out of rotation."""
+
+    def __init__(self) -> None:
+        super().__init__("this node is drained: 'llama-mesh undrain' lets it work again")
+
+
 class TooLargeError(CapacityError):
     """The model needs more than the whole budget; waiting would not help."""
 

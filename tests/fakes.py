@@ -139,6 +139,27 @@ def reply(*parts: bytes, close: bool = False) -> Script:
     return play
 
 
+async def hang(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Take the request and say nothing, until the node closes the connection."""
+    await reader.read()
+    raise ConnectionError
+
+
+def then_hang(*parts: bytes) -> Script:
+    """Say *parts*, then nothing until the other side leaves."""
+
+    async def play(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reply(*parts)(request, reader, writer)
+        await hang(request, reader, writer)
+
+    return play
+
+
+async def die(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Close without a byte of an answer."""
+    writer.transport.abort()
+
+
 def json_reply(body: bytes, status: bytes = b"200 OK", extra: bytes = b"") -> Script:
     head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n" % (status, extra, len(body))
     return reply(head + body)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mesh.core.breaker import Limits
 from mesh.core.node_state import NodeState, PeerKey, ProfileState, encode_state
+from mesh.net.peer import Member as GossipMember
 from mesh.net.peers import Peers, stand_in
 from mesh.net.version_policy import Action, VersionPolicy
 
@@ -67,5 +68,10 @@ def made_peers(now: Clock, *members: Member, limits: Limits | None = None, actio
     return peers
 
 
-def sync(peers: Peers, *members: Member) -> None:
-    peers.sync({member.key: member for member in members})
+def sync(peers: Peers, *members: GossipMember) -> None:
+    """Let *peers* know that *members* are all that there are, as the events of gossip would."""
+    now = {member.key: member for member in members}
+    for key in [key for key in (*(peer.key for peer in peers), *peers._unreadable) if key not in now]:
+        peers.changed(key, None)
+    for key, member in now.items():
+        peers.changed(key, member)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from mesh.core.membership import Change, MemberView, Status
 from mesh.core.node_state import NodeState, PeerIdentity, PeerKey, encode_state
 from mesh.errors import PeerError
 from mesh.net.gossip import Gossip, Target
+from mesh.net.keys import verify
 from mesh.tasks import spawn
 
 TIMEOUT_S = 3.0
@@ -34,14 +34,6 @@ class FakeIdentity:
 
     def sign(self, message: bytes) -> bytes:
         return self._private.sign(message)
-
-
-def verify(key: PeerKey, signature: bytes, message: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
 
 
 @dataclass(eq=False)

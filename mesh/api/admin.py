@@ -22,7 +22,7 @@ from mesh.api.request_scope import json_object, unless_client_leaves
 from mesh.api.responses import error_response
 from mesh.core.resources import Resources
 from mesh.engine.memory_report import Holder
-from mesh.errors import DrainingError, MeshError, NoNodeError, RequestError, UnknownModelError
+from mesh.errors import DrainedError, DrainingError, MeshError, NoNodeError, RequestError, UnknownModelError
 from mesh.logs import Log
 
 _log = Log(__name__)
@@ -60,7 +60,7 @@ class _Admin:
         if self._ctx.draining:
             raise DrainingError("Node is draining for shutdown")
         if self._ctx.drained:
-            raise DrainingError("this node is drained: 'llama-mesh undrain' lets it work again")
+            raise DrainedError()
         name = _model_of(body)
         if "node" not in body and (node := self._only_elsewhere(request, name)) is not None:
             return {**await call_node(self._ctx, node, "/admin/prewarm", body), "node": node}

@@ -20,7 +20,15 @@ from mesh.api.request_reader import RequestReader, Stage
 from mesh.api.responses import STATUS_LINES, HeadTimeoutError, ProtocolError, error_response, internal_error
 from mesh.api.routes import Dialect, Route
 from mesh.core.node_state import PeerIdentity
-from mesh.errors import AuthError, BodyTimeoutError, DrainingError, MeshError, TooManyHopsError, UnknownModelError
+from mesh.errors import (
+    AuthError,
+    BodyTimeoutError,
+    DrainedError,
+    DrainingError,
+    MeshError,
+    TooManyHopsError,
+    UnknownModelError,
+)
 from mesh.logs import Log
 
 if TYPE_CHECKING:
@@ -141,7 +149,7 @@ class ClientConnection(asyncio.Protocol):
             if plane.ctx.draining:
                 return DrainingError("Node is draining for shutdown")
             if plane.ctx.drained and (self.peer is not None or plane.forwarder is None):
-                return DrainingError("this node is drained: 'llama-mesh undrain' lets it work again")
+                return DrainedError()
             if self.peer is None and not plane.authenticator.allows_digests(head.credentials):
                 return AuthError("Unauthorized")
             if head.mesh is not None and head.mesh.hops > plane.ctx.settings.max_hops:

@@ -13,7 +13,9 @@ import os
 import socket
 from collections.abc import Sequence
 from itertools import chain, zip_longest
+from typing import Any
 
+from mesh.config.address import join_address
 from mesh.tasks import spawn
 
 _STAGGER_S = 0.25
@@ -96,9 +98,8 @@ def keep_alive(sock: socket.socket | None) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-def join_address(address: Sequence[object] | None) -> str:
-    """Return a socket's address as text, ``host:port`` or ``[host]:port`` (trap 68)."""
+def address_text(address: Sequence[Any] | None) -> str:
+    """Return a socket's address, as its transport tells it, as text (trap 68)."""
     if not address or isinstance(address, str | bytes):
         return "an unknown address"
-    host = str(address[0])
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    return join_address(str(address[0]), int(address[1]))

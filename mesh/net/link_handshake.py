@@ -6,7 +6,7 @@ import asyncio
 from typing import Protocol, cast
 
 from mesh.errors import LinkError
-from mesh.net.link_dial import join_address, keep_alive
+from mesh.net.link_dial import address_text, keep_alive
 from mesh.net.noise import Session, Stage
 from mesh.net.noise_records import Control
 
@@ -40,7 +40,7 @@ class LinkHandshake(asyncio.Protocol):
         tcp = self.tcp = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         peer = tcp.get_extra_info("peername")
         self.host = str(peer[0]) if peer else ""
-        self.address = join_address(peer)
+        self.address = address_text(peer)
         keep_alive(tcp.get_extra_info("socket"))
         try:
             if tcp.is_closing():  # already, and nobody will tell

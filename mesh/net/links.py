@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from mesh.config.address import join_address
 from mesh.core.node_state import PeerIdentity, PeerKey
 from mesh.errors import LinkError
 from mesh.logs import Log
 from mesh.net.link import Link
-from mesh.net.link_dial import connect, join_address, why
+from mesh.net.link_dial import address_text, connect, why
 from mesh.net.link_handshake import LinkHandshake
 from mesh.net.link_log import FailureLog
 from mesh.net.noise import Session
@@ -112,7 +113,7 @@ class Links:
         Raise ``LinkError``: ``UntrustedPeerError`` if it is not trusted, ``SelfDialError`` if it is this node. With
         *expect*, whoever has another key is refused. *timeout_s* is for all of it. If this is cancelled, nothing stays.
         """
-        where = join_address((host, port))
+        where = join_address(host, port)
         if self.closed:
             raise LinkError(f"{where}: this node is stopping")
         dialing = _Dialing(self, factory, expect)
@@ -304,7 +305,7 @@ class _Dialing(Generic[ProtocolT]):
 
     def begin(self, handshake: LinkHandshake) -> Session:
         assert handshake.tcp is not None
-        self._own_end = join_address(handshake.tcp.get_extra_info("sockname"))
+        self._own_end = address_text(handshake.tcp.get_extra_info("sockname"))
         return self._links.session(handshake, initiator=True, expect=self._expect)
 
     def established(self, handshake: LinkHandshake, session: Session, arrived: list[bytes | Control]) -> None:

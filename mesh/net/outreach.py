@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from itertools import takewhile
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -29,6 +30,7 @@ from mesh.net.peers import Peers
 _log = Log(__name__)
 
 ProtocolT = TypeVar("ProtocolT", bound=asyncio.Protocol)
+T = TypeVar("T")
 
 DIAL_S: Final = 3.0  #: for one address of a peer
 DIAL_ALL_S: Final = 6.0  #: for all of them: a request waits that could be served elsewhere
@@ -73,65 +75,67 @@ class Outreach:
         return PeerIdentity(links.identity.key, links.node_id, links.version), encode_message(Message())
 
     async def _ask(self, peer: Peer | None, target: Target, body: bytes) -> Answer:
+        async def ask(address: str) -> Answer:
+            return await self._client.request(address, "POST", "/cluster/gossip", body, expect=target.key)
+
         known = target.addresses if peer is None else tuple(dict.fromkeys((*peer.addresses(), *target.addresses)))
-        error: PeerError = LinkError("no address of it is known")
-        for address in known:
-            try:
-                answer = await self._client.request(address, "POST", "/cluster/gossip", body, expect=target.key)
-            except LinkError as failure:
-                error = failure
-                continue
-            found = self._peers.get(answer.peer.key)
-            if found is not None:
-                found.good_address = address
-                found.measured(answer.rtt_s)
-            if answer.status != 200:
-                raise PeerError(f"{address}: {_message(answer)}")
-            return answer
-        raise error
+        address, answer = await self._first_that_works("it", known, ask)
+        found = self._peers.get(answer.peer.key)
+        if found is not None:
+            found.good_address = address
+            found.measured(answer.rtt_s)
+        if answer.status != 200:
+            raise PeerError(f"{address}: {_message(answer)}")
+        return answer
 
     async def dial(self, peer: Peer, factory: Callable[[], ProtocolT]) -> ProtocolT:
         """Return a connection for a request, by the first of its addresses that works; raise ``PeerError``."""
-        error: PeerError = LinkError(f"no address of node {peer.node_id} is known")
         give_up_at = self._now() + DIAL_ALL_S
-        for address in peer.addresses():
-            left_s = give_up_at - self._now()
-            if left_s <= 0:
-                break
+
+        async def dial(address: str) -> ProtocolT:
             try:
                 host, port = split_address(address)
-                limit_s = min(DIAL_S, left_s)
+                limit_s = min(DIAL_S, give_up_at - self._now())
                 _, connection = await self._links.dial(host, port, factory, timeout_s=limit_s, expect=peer.key)
-            except ValueError as failure:  # it is the peer that says what its addresses are
-                error = LinkError(f"'{address}' {failure}")
-            except LinkError as failure:
-                error = failure
-            else:
-                peer.good_address = address
-                return connection
-        raise error
+            except ValueError as error:  # it is the peer that says what its addresses are
+                raise LinkError(f"'{address}' {error}") from error
+            return connection
+
+        in_time = takewhile(lambda _: self._now() < give_up_at, peer.addresses())
+        address, connection = await self._first_that_works(f"node {peer.node_id}", in_time, dial)
+        peer.good_address = address
+        return connection
 
     async def call(self, peer: Peer, path: str, body: Mapping[str, Any], *, timeout_s: float | None) -> Any:
         """POST *body* to *peer* and return its JSON. Raise ``PeerRefusalError`` in its words, or ``PeerError``."""
         limit_s = LONGEST_CALL_S if timeout_s is None else timeout_s
         content = msgspec.json.encode(body)
-        error: PeerError = LinkError(f"no address of node {peer.node_id} is known")
-        for address in peer.addresses():
+
+        async def post(address: str) -> Answer:
+            return await self._client.request(
+                address,
+                "POST",
+                path,
+                content,
+                headers=(("Content-Type", "application/json"),),
+                expect=peer.key,
+                first_byte_s=limit_s,
+                total_s=limit_s,
+            )
+
+        _, answer = await self._first_that_works(f"node {peer.node_id}", peer.addresses(), post)
+        return _json_of(peer.node_id, answer)
+
+    async def _first_that_works(
+        self, whose: str, addresses: Iterable[str], attempt: Callable[[str], Awaitable[T]]
+    ) -> tuple[str, T]:
+        """Return the first of *addresses* at which *attempt* found a link, and its outcome; raise the last error."""
+        error: LinkError = LinkError(f"no address of {whose} is known")
+        for address in addresses:
             try:
-                answer = await self._client.request(
-                    address,
-                    "POST",
-                    path,
-                    content,
-                    headers=(("Content-Type", "application/json"),),
-                    expect=peer.key,
-                    first_byte_s=limit_s,
-                    total_s=limit_s,
-                )
+                return address, await attempt(address)
             except LinkError as failure:
                 error = failure
-                continue
-            return _json_of(peer.node_id, answer)
         raise error
 
 

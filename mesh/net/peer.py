@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mesh.core.breaker import Breaker, Limits, Permit, Phase
 from mesh.core.node_state import Fit, NodeState, PeerKey, ProfileState, decode_state
@@ -58,6 +58,14 @@ class Member(Protocol):
     def updated_at(self) -> float: ...
 
 
+class _Said(NamedTuple):
+    """A refusal that a peer gave in person."""
+
+    why: str
+    until: float  #: it is believed
+    passes: bool = False  #: the peer was only full
+
+
 class Peer:
     """One other node."""
 
@@ -102,7 +110,7 @@ class Peer:
         self._own_then: Mapping[str, int] = {}
         #: what it said in person and its record does not: why it takes no request for a profile, and until when that
         #: is believed; None stands for all profiles
-        self._said: dict[str | None, tuple[str, float]] = {}
+        self._said: dict[str | None, _Said] = {}
         self._since_loading: dict[str, float] = {}
         self.forwards_total = 0
         self.failures_total = 0
@@ -163,21 +171,23 @@ class Peer:
             return
         now = self._now()
         if kind == "draining":
-            self._said[None] = "draining", now + BELIEVED_S
+            self._said[None] = _Said("draining", now + BELIEVED_S)
         elif kind in FULL:
-            self._said[key] = "it said a moment ago that it is full", now + FULL_S
+            self._said[key] = _Said("it said a moment ago that it is full", now + FULL_S, passes=True)
         elif kind in _WITHOUT:
-            self._said[key] = _WITHOUT[kind], now + BELIEVED_S
+            self._said[key] = _Said(_WITHOUT[kind], now + BELIEVED_S)
 
-    def _told(self, key: str | None) -> str | None:
+    def _believed(self, key: str | None) -> _Said | None:
         """Return what it said of *key* in person, while that is believed."""
         said = self._said.get(key)
-        if said is None:
-            return None
-        if said[1] <= self._now():
+        if said is not None and said.until <= self._now():
             del self._said[key]
             return None
-        return said[0]
+        return said
+
+    def _told(self, key: str | None) -> str | None:
+        said = self._believed(key)
+        return None if said is None else said.why
 
     def has(self, key: str) -> bool:
         return key in self.profiles
@@ -260,7 +270,7 @@ class Peer:
         profile = self.profiles.get(key)
         if profile is None or self.draining or self.rejected is not None:
             return False
-        if (said := self._said.get(key)) is not None and said[0] in _WITHOUT.values() and self._told(key):
+        if (said := self._believed(key)) is not None and not said.passes:
             return False
         return profile.fit != Fit.NEVER or bool(profile.ready or profile.loading)
 

@@ -62,13 +62,6 @@ class Peers:
             self._forget()
         return self._epoch
 
-    def sync(self, members: Mapping[PeerKey, Member]) -> None:
-        """Bring everything in step with *members*, who are the others."""
-        for key in [key for key in (*self._peers, *self._unreadable) if key not in members]:
-            self.changed(key, None)
-        for key, member in members.items():
-            self.changed(key, member)
-
     def changed(self, key: PeerKey, member: Member | None) -> None:
         """Take over what gossip knows of one other node now; None, or that it left: it is no member any more."""
         known = self._peers.get(key)

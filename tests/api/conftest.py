@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import uvloop
@@ -18,3 +19,12 @@ def pytest_asyncio_loop_factories(
     if module in _ON_BOTH_LOOPS or module.startswith("test_forwarding"):
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that the kernel accepts connections on, and nobody else does."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(16)
+        yield sock.getsockname()[1]

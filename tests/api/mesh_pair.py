@@ -45,6 +45,7 @@ from mesh.net.version_policy import VersionPolicy
 from tests.api.loopback import LoopbackNode, RecordedAccess, catalog, profile
 from tests.fakes import FakeAdmission, Script, ScriptedUpstream, json_reply
 from tests.fakes_supervisor import FakeInstance, FakeSupervisor
+from tests.members import sync
 from tests.net.link_nodes import FakeTrust
 from tests.net.link_sessions import PSK, FakeIdentity
 
@@ -170,13 +171,13 @@ class MeshNode(LoopbackNode):
         version = 1 if old is None else old.version + 1
         now = self.plane.now()
         self.members[other.identity.key] = Record(other.identity.key, encode_state(state), version, updated_at=now)
-        self.peers.sync(self.members)
+        sync(self.peers, *self.members.values())
         return self.peer(other)
 
     def forgets(self, other: MeshNode) -> None:
         """*other* is no member any more."""
         del self.members[other.identity.key]
-        self.peers.sync(self.members)
+        sync(self.peers, *self.members.values())
 
     def peer(self, other: MeshNode) -> Peer:
         peer = self.peers.get(other.identity.key)

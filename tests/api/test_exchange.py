@@ -14,31 +14,12 @@ import pytest
 from mesh.engine.lease import Endpoint
 from mesh.errors import InstanceError
 from tests.api.loopback import Answer, LoopbackNode, get, loopback, post, profile
-from tests.fakes import Received, Script, ScriptedUpstream, json_reply, reply
+from tests.fakes import Received, ScriptedUpstream, die, hang, json_reply, reply, then_hang
 
 ASK = b'{"model":"tiny","stream":true}'
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 EVENT = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
 CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
-
-
-async def hang(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Take the request and say nothing, until the node closes the connection."""
-    await reader.read()
-    raise ConnectionError
-
-
-def then_hang(*parts: bytes) -> Script:
-    async def play(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reply(*parts)(request, reader, writer)
-        await hang(request, reader, writer)
-
-    return play
-
-
-async def die(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Close without a byte of an answer."""
-    writer.transport.abort()
 
 
 async def test_events_are_sent_on_one_by_one_and_counted() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from mesh.core.breaker import Limits, Phase
 from mesh.net.link import Link
 from tests.api.loopback import Answer, RawClient, post, profile
 from tests.api.mesh_pair import TINY, MeshNode, mesh_node, met, offers
-from tests.fakes import Received, Script, json_reply, reply
+from tests.fakes import Received, json_reply, then_hang
 
 ASK = b'{"model":"tiny","stream":true}'
 FAST: dict[str, Any] = {"decode_tps": 9999.0}
@@ -28,24 +26,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mesh.api.waiting_line.FIRST_PAUSE_S", 0.002)
     monkeypatch.setattr("mesh.api.waiting_line.LAST_PAUSE_S", 0.004)
     monkeypatch.setattr("mesh.net.peer.FULL_S", 0.003)
-
-
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A port that the kernel accepts connections on, and nobody else does."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen(16)
-        yield sock.getsockname()[1]
-
-
-def then_hang(*parts: bytes) -> Script:
-    async def play(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reply(*parts)(request, reader, writer)
-        await reader.read()
-        raise ConnectionError
-
-    return play
 
 
 async def ask(node: MeshNode) -> Answer:

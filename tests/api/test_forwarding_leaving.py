@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,34 +17,12 @@ from hypothesis import strategies as st
 from mesh.errors import InstanceError, QueueFullError
 from tests.api.loopback import RawClient, post, profile
 from tests.api.mesh_pair import TINY, MeshNode, mesh_node, met, offers
-from tests.fakes import Received, Script, json_reply, reply
+from tests.fakes import Received, Script, die, json_reply, reply, then_hang
 
 ASK = b'{"model":"tiny","stream":true}'
 FAST: dict[str, Any] = {"decode_tps": 9999.0}
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHUNK = b'b\r\ndata: {"a"}\r\n'
-
-
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A port that the kernel accepts connections on, and nobody else does."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen(16)
-        yield sock.getsockname()[1]
-
-
-def then_hang(*parts: bytes) -> Script:
-    async def play(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reply(*parts)(request, reader, writer)
-        await reader.read()
-        raise ConnectionError
-
-    return play
-
-
-async def die(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.transport.abort()
 
 
 async def asked(node: MeshNode) -> RawClient:

@@ -22,7 +22,7 @@ from mesh.errors import (
 )
 from tests.api.loopback import Answer, post, profile
 from tests.api.mesh_pair import TINY, MeshNode, mesh_node, met, offers
-from tests.fakes import Received, json_reply
+from tests.fakes import Received, die, json_reply
 
 ASK = b'{"model":"tiny"}'
 FAST: dict[str, Any] = {"decode_tps": 9999.0}
@@ -56,10 +56,6 @@ async def ask(node: MeshNode) -> Answer:
 def error_of(answer: Answer) -> dict[str, str]:
     error: dict[str, str] = json.loads(answer.body)["error"]
     return error
-
-
-async def die(request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    writer.transport.abort()
 
 
 def waits(max_wait_s: float) -> dict[str, Any]:

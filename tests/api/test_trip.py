@@ -21,7 +21,7 @@ from mesh.errors import MeshError, QueueFullError
 from mesh.net.peer import FULL_S, Peer
 from mesh.net.peers import Peers, stand_in
 from mesh.net.version_policy import VersionPolicy
-from tests.members import VERSION, Member, key_of, state
+from tests.members import VERSION, Member, key_of, state, sync
 from tests.members import profile as offer
 
 pytestmark = pytest.mark.looptime
@@ -71,7 +71,7 @@ class Mesh:
         payload = encode_state(state(name, offer(KEY, **values)))
         version = 1 if old is None else old.version + 1
         self.members[number] = Member(key_of(number), payload, version=version, updated_at=now)
-        self.peers.sync({member.key: member for member in self.members.values()})
+        sync(self.peers, *self.members.values())
 
     def peer(self, number: int) -> Peer:
         peer = self.peers.get(key_of(number))
@@ -304,7 +304,7 @@ async def test_the_last_one_that_had_it_leaves() -> None:
     request = mesh.request(max_wait_s=None).go()
     await asyncio.sleep(5)
     mesh.members.clear()
-    mesh.peers.sync({})
+    sync(mesh.peers)
     await asyncio.sleep(1.5)
     assert request.error.type == "queue_full"
     assert not mesh.forwarder.lines or mesh.forwarder.waiting(KEY) == 0

@@ -15,7 +15,8 @@ from mesh.core.gossip_record import seal
 from mesh.core.membership import Change, Status
 from mesh.core.node_state import NodeState, PeerIdentity, encode_state
 from mesh.net.gossip_records import Gate
-from tests.memory_net import FakeIdentity, MemoryNet, MemoryNode, verify
+from mesh.net.keys import verify
+from tests.memory_net import FakeIdentity, MemoryNet, MemoryNode
 
 pytestmark = pytest.mark.looptime
 
