@@ -98,9 +98,15 @@ def _cheapest(ranked: list[Ranked]) -> Iterator[Ranked]:
 
 
 def _in_turns(ties: list[Ranked]) -> list[Ranked]:
+    """Order equals: who serves at once before who has to load, for a load costs memory besides its time."""
+    ready = [r for r in ties if not r.terms.get("load")]
+    return [*_turns(ready), *_turns([r for r in ties if r.terms.get("load")])]
+
+
+def _turns(ties: list[Ranked]) -> list[Ranked]:
     here = [r for r in ties if r.candidate.local]
     others = sorted((r for r in ties if not r.candidate.local), key=_name)
-    first = ties[0].work.turn % len(others) if others else 0
+    first = others[0].work.turn % len(others) if others else 0
     return here + others[first:] + others[:first]
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.core.node_state import Fit, Kind, PeerKey, ProfileState
-from mesh.core.routing import Beside, Candidate, Ranked, Work, rank
+from mesh.core.routing import NOISE, NOISE_S, Beside, Candidate, Ranked, Work, rank
 
 MODEL = "chat:default"
 WORK = Work(MODEL, prompt_tokens=1000, tokens=200.0)
@@ -168,6 +168,17 @@ def test_nearly_equals_take_turns_and_the_biggest_does_not_take_everything() -> 
 def test_a_tie_with_the_local_node_is_no_reason_to_go_elsewhere() -> None:
     nodes = [node(1), node(2, local=True), node(3)]
     assert {names(rank(replace(WORK, turn=turn), nodes))[0] for turn in range(6)} == {"node2"}
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_quick_load_is_no_reason_to_load_twice(local: bool) -> None:
+    """It takes less than figures are worth, but memory, too: who has the model loaded is asked, at every turn."""
+    cold = node(1, but(COLD, load_s=0.05), local=local)
+    for turn in range(6):
+        for nodes in ([cold, node(2)], [node(2), cold]):
+            first, second = rank(replace(WORK, turn=turn), nodes)
+            assert names([first, second]) == ["node2", "node1"]
+            assert second.cost < first.cost * (1 + NOISE) + NOISE_S, "it is a tie"
 
 
 def send(nodes: list[Candidate], count: int, work: Work = WORK) -> Counter[str]:
