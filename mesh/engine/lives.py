@@ -21,13 +21,13 @@ from mesh.config.profile import Catalog, Profile
 from mesh.core import lifecycle
 from mesh.core.budget import BudgetLimits
 from mesh.core.devices import Devices
+from mesh.core.exits import Cause
 from mesh.core.lifecycle import Effect, Event, State
 from mesh.core.placement import gpu_kinds
 from mesh.core.resources import RAM, VRAM, Resources
 from mesh.core.world import LIVE, Spawn
 from mesh.engine import refusals
 from mesh.engine.alarm import Alarm
-from mesh.engine.exits import Cause
 from mesh.engine.failures import FailureBook
 from mesh.engine.holders import in_words, report_of
 from mesh.engine.instances import Instance, LauncherLike

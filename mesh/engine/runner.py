@@ -21,9 +21,9 @@ from typing import Any, Final
 
 from mesh import tasks
 from mesh.config.profile import Profile
+from mesh.core.exits import Cause, classify, describe_exit
 from mesh.engine import llama
 from mesh.engine.assignment import Assignment
-from mesh.engine.exits import Cause, classify, describe_exit
 from mesh.engine.lease import Endpoint
 from mesh.engine.locate import EngineBinary, LlamaCppSettings, find_engine
 from mesh.engine.probe import Prober

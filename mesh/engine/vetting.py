@@ -12,8 +12,8 @@ import signal
 from typing import Final
 
 from mesh.config.profile import Profile
+from mesh.core.exits import Cause, classify, first_complaint
 from mesh.engine import llama
-from mesh.engine.exits import Cause, classify, first_complaint
 from mesh.engine.locate import EngineBinary
 from mesh.host.logring import LogRing
 from mesh.host.process import Process

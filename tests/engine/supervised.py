@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from mesh.config.profile import Catalog, Profile
 from mesh.core.budget import BudgetLimits
 from mesh.core.devices import Devices
+from mesh.core.exits import Cause
 from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.engine.assignment import Assignment
-from mesh.engine.exits import Cause
 from mesh.engine.lease import Endpoint, Lease, Ticket
 from mesh.engine.ledger import Footprints
 from mesh.engine.runner import Exited, Healthy, Report

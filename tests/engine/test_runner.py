@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from mesh.config.settings import LlamaCpp
+from mesh.core.exits import Cause
 from mesh.engine import runner as runner_module
 from mesh.engine.assignment import Assignment
-from mesh.engine.exits import Cause
 from mesh.engine.locate import EngineBinary
 from mesh.engine.runner import Exited, Healthy, Launcher, Runner
 from mesh.errors import CapacityError, ConfigError, EngineMissingError, InstanceError

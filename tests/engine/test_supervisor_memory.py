@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from mesh.core.exits import Cause
 from mesh.core.footprint import Footprint, Source
 from mesh.core.lifecycle import State
 from mesh.core.placement import Need
-from mesh.engine.exits import Cause
 from mesh.engine.memory_report import Fit
 from mesh.engine.telemetry import Usage
 from mesh.engine.trust import DOUBTED_AFTER

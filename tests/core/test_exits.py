@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mesh.engine.exits import MAX_REASON_CHARACTERS, Cause, classify, describe_exit, first_complaint
+from mesh.core.exits import MAX_REASON_CHARACTERS, Cause, classify, describe_exit, first_complaint
 
 MISSING = """\
 0.00.003.620 I srv          init: loading model
