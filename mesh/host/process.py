@@ -26,7 +26,7 @@ from pathlib import Path
 from mesh.errors import InstanceError
 from mesh.host import leash
 from mesh.host.logring import LogRing
-from mesh.host.warden import Warden
+from mesh.host.warden import Warden, kill_session
 
 _READ_BYTES = 64 * 1024
 #: what is read from the pipe after the end, at most; it holds no more unless somebody keeps writing
@@ -43,6 +43,7 @@ class Process:
         self._output: int | None = None
         self._pidfd: int | None = None
         self._warden: Warden | None = None
+        self._whole_session = False
         self.ring = ring
         self.pid = popen.pid
         self.returncode: int | None = None
@@ -59,9 +60,11 @@ class Process:
         on_exit: Callable[[int], None],
         ring: LogRing,
         warden: Warden | None = None,
+        whole_session: bool = False,
     ) -> Process:
         """Start *argv*; *on_exit* is called once, on the loop, with the exit code (negative: the signal).
 
+        *whole_session*: descendants that made process groups of their own, as ninja's do, end with it, too.
         Raise ``InstanceError`` with cause and fix if it cannot be started.
         """
         _check_executable(argv[0], env)
@@ -84,6 +87,7 @@ class Process:
         finally:
             os.close(write_end)
         process = cls(popen, on_exit, ring)
+        process._whole_session = whole_session
         process._watch(read_end, warden)
         return process
 
@@ -149,6 +153,8 @@ class Process:
             os.close(self._pidfd)
             self._pidfd = None
         self.signal_group(signal.SIGKILL)
+        if self._whole_session:
+            kill_session(self.pid)
         self.returncode = self._popen.wait()  # does not block: it is a zombie
         if self._warden is not None:
             self._warden.unregister(self.pid)

@@ -2,7 +2,8 @@
 
 The node holds the write end of a pipe and tells the warden which process groups are alive. End of file means that the
 node is gone, SIGKILL included; then every group that is still registered gets SIGKILL. That covers what the kernel's
-parent-death signal does not: grandchildren (a ``bash -c`` wrapper's llama-server), and macOS (trap 13).
+parent-death signal does not: grandchildren (a ``bash -c`` wrapper's llama-server), and macOS (trap 13). Each group
+leads a session of its own, and what left the group dies with the session: ninja gives every compiler its own group.
 
 This file is both sides: ``Warden`` in the node, and ``main``, run as ``python -I -S -E warden.py``, which must import
 nothing of mesh.
@@ -91,6 +92,36 @@ class Warden:
         process.wait()
 
 
+def kill_session(session: int) -> None:
+    """Kill what is left of *session*, whose leader has ended or is being killed, in whatever process groups it is.
+
+    As long as the leader is not reaped, or anything else is left, its number is given to nobody else.
+    """
+    seen: set[int] = set()
+    while new := {pid for pid in _pids() if pid != session and _session_of(pid) == session} - seen:
+        seen |= new  # once more: what was killed may have started something in its last moment
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _pids() -> list[int]:
+    if os.path.isdir("/proc/self"):
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    try:
+        listed = subprocess.run(["ps", "-axo", "pid="], stdout=subprocess.PIPE, check=False).stdout
+    except OSError:
+        return []
+    return [int(word) for word in listed.split()]
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:  # it is gone, or macOS does not say it of somebody else's
+        return None
+
+
 def main() -> None:
     """Follow the node's messages to their end, then kill what is left."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a service manager signals every process at once,
@@ -102,6 +133,7 @@ def main() -> None:
     for group in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)
+        kill_session(group)
 
 
 if __name__ == "__main__":

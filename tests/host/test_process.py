@@ -201,6 +201,29 @@ def test_a_descendant_that_left_the_group_delays_nothing_either(run: Run) -> Non
     run(test())
 
 
+def test_a_whole_session_ends_with_its_leader(run: Run) -> None:
+    """ninja gives each compiler a process group of its own; SIGKILL for the leader's group does not reach those."""
+
+    async def test() -> None:
+        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        ring = LogRing()
+        argv = [*PYTHON, LEAVES_THE_GROUP]
+        Process.start(argv, env=os.environ, on_exit=ended.set_result, ring=ring, whole_session=True)
+        assert await ended == 0
+        wait_for_death(int(ring.tail()[0]))
+
+    run(test())
+
+
+LEAVES_THE_GROUP = """
+import os, time
+if (pid := os.fork()) == 0:
+    os.setpgid(0, 0)
+    time.sleep(600)
+print(pid)
+"""
+
+
 def test_a_child_cannot_read_our_terminal_and_gets_exactly_its_environment(run: Run) -> None:
     async def test() -> None:
         child = Child(

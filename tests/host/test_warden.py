@@ -40,6 +40,17 @@ def test_closing_kills_what_is_registered(warden: Warden, sleeper: subprocess.Po
     assert sleeper.wait(5) == -signal.SIGKILL
 
 
+def test_closing_kills_what_left_the_group_but_not_the_session(warden: Warden) -> None:
+    script = "import os, time; pid = os.fork(); pid or os.setpgid(0, 0); print(pid, flush=True); time.sleep(600)"
+    argv = [sys.executable, "-I", "-S", "-c", script]
+    with subprocess.Popen(argv, start_new_session=True, stdout=subprocess.PIPE) as leader:
+        assert leader.stdout is not None
+        grandchild = max(int(leader.stdout.readline()), int(leader.stdout.readline()))
+        warden.register(leader.pid)
+        warden.close()
+        wait_for_death(grandchild)
+
+
 def test_an_unregistered_group_is_left_alone(warden: Warden, sleeper: subprocess.Popen[bytes]) -> None:
     warden.register(sleeper.pid)
     warden.unregister(sleeper.pid)
