@@ -1,21 +1,29 @@
 """Rules between the keys of config.yaml: what would start and then not work is refused by name (trap 85).
 
-Pure but for one look at the disk: whether the TLS files are there. Messages follow llamesh 1.20's.
+Pure but for looks at the disk: whether the TLS files are there, and what stands where builds put their symlinks.
+Messages follow llamesh 1.20's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os.path
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mesh.config.diagnostics import Problem
+from mesh.config.builds import DEFAULT_BUILD, LlamaCpp
+from mesh.config.diagnostics import KeyPath, Problem
 from mesh.config.settings import CircuitBreaker, Cluster, Settings
+
+_BUILD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def errors(settings: Settings) -> Iterator[Problem]:
     """Yield every contradiction in *settings*, the keys' own values being valid."""
     yield from _tls(settings)
     yield from _ports(settings)
+    yield from _build_names(settings)
+    yield from _build_paths(settings.build_settings())
     if settings.cluster.enabled:
         yield from _cluster(settings.cluster)
     if settings.wedge_detector.enabled:
@@ -47,15 +55,59 @@ def warnings(settings: Settings) -> Iterator[Problem]:
 
 def _without_effect(settings: Settings) -> Iterator[Problem]:
     """Yield what llamesh's files may ask for and this version does not do yet."""
-    build, cluster = settings.llama_cpp, settings.cluster
+    cluster = settings.cluster
     for path, asked, missing in (
         (("cluster", "peers"), cluster.peers and not cluster.enabled, "this node joins no others"),
-        (("llama_cpp", "repo_url"), build.repo_url, "nothing is built; install the engine, or set binary_path"),
-        (("llama_cpp", "auto_update_interval_seconds"), build.auto_update_interval_seconds, "nothing is built"),
+        *(
+            (_place(name, "auto_update_interval_seconds"), asked, "without repo_url nothing is built")
+            for name, asked in _unbuilt_updates(settings)
+        ),
         (("wedge_detector", "enabled"), settings.wedge_detector.enabled, "stuck instances are not looked for"),
     ):
         if asked:
             yield Problem(path, f"has no effect: {missing}")
+
+
+def _unbuilt_updates(settings: Settings) -> Iterator[tuple[str, bool]]:
+    """Yield the builds that have no source, and whether they say how often it is to be fetched."""
+    for name, build in settings.build_settings().items():
+        if build.repo_url is None:
+            own = settings.llama_cpp if name == DEFAULT_BUILD else settings.builds[name]
+            yield name, own.auto_update_interval_seconds > 0
+
+
+def _build_names(settings: Settings) -> Iterator[Problem]:
+    for name in settings.builds:
+        if name == DEFAULT_BUILD:
+            yield Problem(("builds", name), "is what llama_cpp is called; choose another name, or set it up there")
+        elif not _BUILD_NAME.fullmatch(name):
+            yield Problem(
+                ("builds", name),
+                "is no name for a build; use letters, digits, '.', '_' and '-', 64 at most, the first"
+                " of them a letter or a digit",
+            )
+
+
+def _build_paths(builds: Mapping[str, LlamaCpp]) -> Iterator[Problem]:
+    """Yield what would make two builds, or a build and somebody else's file, take each other's place."""
+    taken: dict[str, str] = {}
+    for name, build in builds.items():
+        for key in ("build_path", "binary_path"):
+            path = os.path.abspath(os.path.expanduser(getattr(build, key)))
+            if (other := taken.setdefault(path, name)) != name:
+                yield Problem(_place(name, key), f"{path} is that of build '{other}' too; give each its own")
+        binary = os.path.expanduser(build.binary_path)
+        if build.is_made and os.path.lexists(binary) and not os.path.islink(binary):
+            what = "a directory" if os.path.isdir(binary) else "a file"
+            yield Problem(
+                _place(name, "binary_path"),
+                f"{binary} is {what}, and builds put a symlink there; move it away, or set enabled: false"
+                " to run what is there as it is",
+            )
+
+
+def _place(build: str, key: str) -> KeyPath:
+    return ("llama_cpp", key) if build == DEFAULT_BUILD else ("builds", build, key)
 
 
 def _tls(settings: Settings) -> Iterator[Problem]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
 
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.cookbook_file import CookbookFile, Inheritable, ModelEntry, ProfileEntry
-from mesh.config.diagnostics import ConfigErrors, Diagnostic, KeyPath, Problem, dotted
+from mesh.config.diagnostics import ConfigErrors, Diagnostic, KeyPath, Problem, dotted, suggestion
 from mesh.config.llama_args import (
     ADDRESS_FLAGS,
     CONTEXT_FLAGS,
@@ -93,7 +94,9 @@ def assemble(entries: Iterable[Entry], defaults: Inheritable, settings: Settings
     """Check *entries* against each other and build the catalog of the enabled ones."""
     built = Assembly()
     profiles: list[tuple[Entry, Profile]] = []
+    built.errors += _build_errors(("defaults",), defaults, settings)
     for entry in entries:
+        built.errors += _build_errors(entry.path, entry.profile, settings)
         profile = _profile(entry, defaults, settings)
         built.errors += _source_errors(entry, profile)
         if entry.enabled:
@@ -131,6 +134,7 @@ def _profile(entry: Entry, common: Inheritable, settings: Settings) -> Profile:
         hf_repo=own.hf_repo,
         hf_file=own.hf_file,
         engine=_first(own.engine, common.engine, otherwise=Engine.LLAMA),
+        engine_build=_engine_build(own.engine_build or common.engine_build),
         env=MappingProxyType({**(common.env or {}), **(own.env or {})}),
         aliases=own.aliases,
         pinned=_first(own.pinned, common.pinned, otherwise=False),
@@ -156,6 +160,19 @@ def _profile(entry: Entry, common: Inheritable, settings: Settings) -> Profile:
         drain_on_disconnect=_first(own.drain_on_disconnect, common.drain_on_disconnect, otherwise=False),
         args_hash=args_hash(launch_args(args, model_path, own.hf_repo, own.hf_file)),
     )
+
+
+def _engine_build(name: str | None) -> str | None:
+    folded = None if name is None else name.lower()
+    return None if folded == DEFAULT_BUILD else folded
+
+
+def _build_errors(path: KeyPath, keys: Inheritable, settings: Settings) -> Iterator[Problem]:
+    """Yield whether the build that is named there is none."""
+    name, known = keys.engine_build, (DEFAULT_BUILD, *settings.builds)
+    if name is not None and name.lower() not in known:
+        message = f"there is no build '{name}'{suggestion(name, known)}; config.yaml has: {', '.join(known)}"
+        yield Problem((*path, "engine_build"), message)
 
 
 def _source_errors(entry: Entry, profile: Profile) -> Iterator[Problem]:

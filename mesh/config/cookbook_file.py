@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, WithJsonSchema
 
 from mesh.config import shellwords
 from mesh.config.fields import Section, StrictLine, not_zero
+from mesh.config.fields import key as _key
 from mesh.config.profile import Engine
 from mesh.config.units import Count, Megabytes, Milliseconds, Seconds
 
@@ -94,16 +95,15 @@ SilenceSeconds = Annotated[Seconds, not_zero("every load would count as stuck at
 DownloadSeconds = Annotated[Seconds, not_zero("every download would fail at once")]
 
 
-def _key(default: Any, description: str) -> Any:
-    return Field(default, description=description)
-
-
 class Inheritable(Section):
     """Keys that a profile takes from ``defaults:`` where it does not set them itself."""
 
     llama_server_args: Args | None = _key(None, "Arguments of llama-server, as in a shell or as a list")
     env: Environment | None = _key(None, "Environment variables of the child; added to those of 'defaults'")
     engine: Engine | None = _key(None, "llama or whisper")
+    engine_build: StrictLine | None = _key(
+        None, "Which llama-server: a name of 'builds' in config.yaml; null or 'default' = that of llama_cpp"
+    )
     devices: Devices | None = _key(None, "GPUs it may use, as CUDA_VISIBLE_DEVICES names them; empty = all")
     pinned: Flag | None = _key(None, "Never evicted to make room for another model")
     idle_timeout_seconds: Seconds | None = _key(None, "Stop it after this long without a request; 0 = never")

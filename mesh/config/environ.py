@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource
 
 from mesh.config.diagnostics import KeyPath, suggestion
-from mesh.config.explain import section_in
+from mesh.config.explain import has_named_sections, section_in
 from mesh.config.settings import Settings
 
 PREFIX = "LLAMESH_"
@@ -76,4 +76,5 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         if inner := section_in(field.annotation):
-            yield from _paths(inner, f"{prefix}{name}__")
+            named = "NAME__" if has_named_sections(field.annotation) else ""
+            yield from _paths(inner, f"{prefix}{name}__{named}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -81,18 +81,25 @@ def _unknown_key(path: KeyPath, model: type[BaseModel]) -> str:
 
 
 def _model_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    for part in path:
-        if isinstance(part, str):
-            field = model.model_fields.get(part)
-            inner = section_in(field.annotation) if field else None
-            if inner is None:
-                return None
-            model = inner
+    parts = (part for part in path if isinstance(part, str))
+    for part in parts:
+        field = model.model_fields.get(part)
+        inner = section_in(field.annotation) if field else None
+        if field is None or inner is None:
+            return None
+        if has_named_sections(field.annotation):
+            next(parts, None)  # the name
+        model = inner
     return model
 
 
+def has_named_sections(annotation: Any) -> bool:
+    """Whether *annotation* is that of sections under names that the operator chooses."""
+    return get_origin(annotation) is dict and section_in(annotation) is not None
+
+
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the section that *annotation* holds: itself, or in Optional, list or tuple."""
+    """Return the section that *annotation* holds: itself, or in Optional, list, tuple or dict."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((inner for arg in get_args(annotation) if (inner := section_in(arg))), None)
@@ -104,5 +111,6 @@ def _homes(model: type[BaseModel], key: str, prefix: str = "") -> Iterator[str]:
         if name == key:
             yield place
         if inner := section_in(field.annotation):
-            many = "" if isinstance(field.annotation, type) or "None" in str(field.annotation) else "[]"
+            single = isinstance(field.annotation, type) or "None" in str(field.annotation)
+            many = ".NAME" if has_named_sections(field.annotation) else "" if single else "[]"
             yield from _homes(inner, key, place + many)

@@ -8,7 +8,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Strict, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    WithJsonSchema,
+    model_validator,
+)
 
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
@@ -24,6 +33,11 @@ class Section(BaseModel):
         if isinstance(data, dict):
             return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
         return {} if data is None else data
+
+
+def key(default: Any, description: str, **extra: Any) -> Any:
+    """Return a key's field: its default, and its comment in the example file and in the schema."""
+    return Field(default, description=description, **extra)
 
 
 def _as_text(value: object) -> object:

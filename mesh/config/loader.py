@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def load(
         warnings += cautions
     if errors:
         raise ConfigErrors(_in_reading_order(errors), warnings)
-    warnings += [_place(problem, layers) for problem in _default_model(catalog, settings)]
+    warnings += [_place(problem, layers) for problem in _unknown_models(catalog, settings)]
     return Loaded(settings, catalog, tuple(warnings), config_path, cookbook_path)
 
 
@@ -95,7 +95,7 @@ def load_catalog(path: Path, settings: Settings, version: int) -> tuple[Catalog,
     if errors:
         raise ConfigErrors(errors)
     warnings += [
-        Diagnostic(str(path), None, "", f"default_model {p.message}") for p in _default_model(catalog, settings)
+        Diagnostic(str(path), None, "", f"{dotted(p.path)} {p.message}") for p in _unknown_models(catalog, settings)
     ]
     return catalog, tuple(warnings)
 
@@ -228,9 +228,16 @@ def _in_source(problem: Problem, source: Source) -> Diagnostic:
     return source.at(problem.path, problem.message + (f" (the other is in line {second})" if second else ""))
 
 
-def _default_model(catalog: Catalog, settings: Settings) -> list[Problem]:
-    name = settings.default_model
-    if name is None or name.lower() in catalog.names or settings.cluster.enabled:
-        return []
-    message = f"'{name}' is not in the cookbook{suggestion(name, catalog.names)}"
-    return [Problem(("default_model",), message + "; requests that name no model will get 404")]
+def _unknown_models(catalog: Catalog, settings: Settings) -> Iterator[Problem]:
+    """Yield the settings that name a model which the cookbook does not have."""
+    named: list[tuple[KeyPath, str | None, str]] = []
+    if not settings.cluster.enabled:  # else another node may have it
+        named.append((("default_model",), settings.default_model, "requests that name no model will get 404"))
+    consequence = "new builds are compared with the old on a tiny model only"
+    named.append((("llama_cpp", "canary_profile"), settings.llama_cpp.canary_profile, consequence))
+    named += [
+        (("builds", name, "canary_profile"), b.canary_profile, consequence) for name, b in settings.builds.items()
+    ]
+    for path, name, then in named:
+        if name is not None and name.lower() not in catalog.names:
+            yield Problem(path, f"'{name}' is not in the cookbook{suggestion(name, catalog.names)}; {then}")

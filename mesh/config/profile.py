@@ -35,6 +35,8 @@ class Profile:
     hf_repo: str | None = None
     hf_file: str | None = None
     engine: Engine = Engine.LLAMA
+    engine_build: str | None = None  #: which build runs it; None = that of ``llama_cpp``
+    engine_path: str | None = None  #: this very binary, whatever the build: for trials only, never from a file
     env: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     pinned: bool = False

@@ -41,6 +41,19 @@ _PORTS_NOTE = """\
 #     - {start: 10000, end: 10099}
 """
 
+_BUILDS_NOTE = """\
+# builds:
+#   cuda-b1234:                # its llama-server: ./llama.cpp/bin/cuda-b1234/llama-server
+#     branch: b1234            # everything that is not set here is as in llama_cpp
+#   vulkan:
+#     build_args: [-DGGML_VULKAN=ON]
+#     canary_profile: qwen3    # the new build must not be much slower at this model either
+#   patched:                   # not built here: one that you made yourself
+#     enabled: false
+#     binary_path: /opt/llama.cpp-patched/bin/llama-server
+"""
+_NOTES = {"llama_cpp_ports": _PORTS_NOTE, "builds": _BUILDS_NOTE}
+
 
 class SecretsFile(Section):
     """secrets.yaml: these sections of config.yaml, kept in a file of mode 0600."""
@@ -78,11 +91,11 @@ def _section_lines(model: type[BaseModel], depth: int) -> Iterator[str]:
     indent = "  " * depth
     for name, field in model.model_fields.items():
         inner = section_in(field.annotation)
-        if inner is None or field.default is None:
+        if inner is None or not isinstance(field.default, BaseModel):
             yield from ("",) if inner else ()
             yield f"{indent}{name}: {_value(field.get_default())}  # {field.description}"
-            if name == "llama_cpp_ports":
-                yield _PORTS_NOTE.rstrip()
+            if depth == 0 and name in _NOTES:
+                yield _NOTES[name].rstrip()
             continue
         doc = inner.__dict__.get("__doc__") or field.description
         yield from ("",) if depth == 0 else ()

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 import socket
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mesh.config.address import split_address
+from mesh.config.builds import Build, LlamaCpp, lower_case_names, resolved
 from mesh.config.fields import HeaderKey, HeaderName, HeaderValue, Line, Port, Section, StrictLine, Text, not_zero
+from mesh.config.fields import key as _key
 from mesh.config.units import Budget, Bytes, Count, Milliseconds, Seconds
 
 DEFAULT_PORT = 8080
@@ -76,10 +79,6 @@ def _file_name(text: str) -> str:
     return text
 
 
-def _key(default: Any, description: str, **extra: Any) -> Any:
-    return Field(default, description=description, **extra)
-
-
 class ModelDefaults(Section):
     """Limits of every profile that does not set its own in the cookbook."""
 
@@ -112,33 +111,6 @@ class LlamaCppPorts(Section):
             port for span in sorted(self.ranges, key=lambda r: r.start) for port in range(span.start, span.end + 1)
         ]
         return tuple(dict.fromkeys((*self.ports, *ranged)))
-
-
-class LlamaCpp(Section):
-    """Which llama-server runs, and how it is built from source."""
-
-    repo_url: Line | None = _key(None, "Git repository to build llama-server from; null = build nothing")
-    repo_path: Text = _key("./llama.cpp", "Where the repository is cloned to")
-    build_path: Text = _key("./llama.cpp/build", "Build directory; the commit is appended to its name")
-    binary_path: Text = _key(
-        "./llama.cpp/bin/llama-server",
-        "The llama-server to run; if it is not there: the installed engine, unless this is set to another path",
-    )
-    branch: Line = _key("master", "Branch, tag or commit to build")
-    build_args: tuple[Text, ...] = _key(
-        ("-DGGML_CUDA=ON", "-DGGML_CUDA_FA_ALL_QUANTS=ON"), "Arguments of cmake when it configures"
-    )
-    build_command_args: tuple[Text, ...] = _key((), "Arguments of cmake --build")
-    auto_update_interval_seconds: Seconds = _key(0.0, "How often to fetch and rebuild; 0 = never")
-    enabled: bool = _key(True, "Whether builds from repo_url are made")
-    keep_builds: Count = _key(3, "Old builds that stay on disk, beside the one in use")
-
-    @model_validator(mode="after")
-    def _default_path_is_not_a_choice(self) -> Self:
-        """Let a copied example mean the same as no file: only another binary_path must exist, the default may."""
-        if self.binary_path == type(self).model_fields["binary_path"].default:
-            self.__pydantic_fields_set__.discard("binary_path")
-        return self
 
 
 class Discovery(Section):
@@ -295,6 +267,9 @@ class Settings(Section, BaseSettings):
     model_defaults: ModelDefaults = _key(ModelDefaults(), "Limits of profiles that set none of their own")
     llama_cpp_ports: LlamaCppPorts | None = _key(None, "Ports for the children; null = the operating system picks them")
     llama_cpp: LlamaCpp = _key(LlamaCpp(), "Which llama-server runs, and how it is built")
+    builds: Annotated[dict[str, Build], BeforeValidator(lower_case_names)] = _key(
+        {}, "Further llama-servers, by a name that the cookbook's engine_build may give; keys as in llama_cpp"
+    )
     cluster: Cluster = _key(Cluster(), "Other nodes")
     http: Http = _key(Http(), "Limits on requests and connections")
     auth: Auth = _key(Auth(), "API keys")
@@ -302,6 +277,10 @@ class Settings(Section, BaseSettings):
     cluster_tls: ClusterTls = _key(ClusterTls(), "Deprecated; use cluster.noise")
     logging: Logging = _key(Logging(), "Logs")
     wedge_detector: WedgeDetector = _key(WedgeDetector(), "Stuck instances")
+
+    def build_settings(self) -> Mapping[str, LlamaCpp]:
+        """Return every build by name with all its keys set: ``llama_cpp`` as "default" first, then ``builds``."""
+        return resolved(self.llama_cpp, self.builds)
 
     @property
     def listen(self) -> tuple[str, int]:

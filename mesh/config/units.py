@@ -20,6 +20,7 @@ _SIZE_UNIT = re.compile(r"([kmgt]?)i?b?")
 
 DURATIONS = "a number or text such as '30s', '500ms' or '5m'"
 SIZES = "a number or text such as '24GB' or '512MB'"
+SHARES = "a share above 0 and up to 1, such as 0.3 or '30%'"
 
 
 def _number(value: object, unit: Callable[[str], float | None], accepted: str) -> float:
@@ -95,6 +96,16 @@ def parse_budget(value: object) -> int | str:
         raise ValueError(str(error).replace(SIZES, SIZES + ", or 'auto'")) from None
 
 
+def parse_share(value: object) -> float:
+    """Return a share above 0 and up to 1, given as that or as text with %."""
+    text = value.strip() if isinstance(value, str) else ""
+    found = _number(text.removesuffix("%") if text else value, lambda unit: 1 if unit == "" else None, SHARES)
+    share = found / 100 if text.endswith("%") else found
+    if not 0 < share <= 1:
+        raise ValueError(f"expected {SHARES}")
+    return share
+
+
 def _schema(type_name: str, description: str) -> WithJsonSchema:
     return WithJsonSchema(
         {"anyOf": [{"type": type_name, "minimum": 0}, {"type": "string"}], "description": description}
@@ -109,3 +120,8 @@ Milliseconds = Annotated[
 Megabytes = Annotated[int, BeforeValidator(parse_megabytes), _schema("integer", "MiB, or text such as 24GB")]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), _schema("integer", "Bytes, or text such as 64MB")]
 Budget = Annotated[Any, BeforeValidator(parse_budget), _schema("integer", "MiB, text such as 24GB, or auto")]
+Share = Annotated[
+    float,
+    BeforeValidator(parse_share),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": 1}, {"type": "string"}]}),
+]

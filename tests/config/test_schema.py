@@ -93,5 +93,5 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         inner = section_in(field.annotation)
-        if inner is not None and field.default is not None:
+        if inner is not None and isinstance(field.default, BaseModel):
             yield from _fields(inner, f"{prefix}{name}.")

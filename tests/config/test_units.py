@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.config.units import parse_budget, parse_bytes, parse_count, parse_megabytes, parse_milliseconds, parse_seconds
+from mesh.config.units import (
+    parse_budget,
+    parse_bytes,
+    parse_count,
+    parse_megabytes,
+    parse_milliseconds,
+    parse_seconds,
+    parse_share,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,9 @@ from mesh.config.units import parse_budget, parse_bytes, parse_count, parse_mega
         (parse_budget, "1GB", 1024),
         (parse_count, "7", 7),
         (parse_count, 7.0, 7),
+        (parse_share, 1, 1),
+        (parse_share, "0.3", 0.3),
+        (parse_share, " 30 %", 0.3),
     ],
 )
 def test_values(parse: Callable[[object], object], value: object, expected: object) -> None:
@@ -63,6 +74,12 @@ def test_values(parse: Callable[[object], object], value: object, expected: obje
         (parse_count, "3s", "a whole number"),
         (parse_count, 1.5, "a whole number"),
         (parse_count, 1e300, "too large"),
+        (parse_share, 0, "a share above 0 and up to 1"),
+        (parse_share, 1.01, "a share above 0"),
+        (parse_share, "30", "a share above 0"),
+        (parse_share, "101%", "a share above 0"),
+        (parse_share, "%", "a share above 0"),
+        (parse_share, True, "a share above 0"),
     ],
 )
 def test_refusals(parse: Callable[[object], object], value: object, message: str) -> None:
@@ -72,6 +89,6 @@ def test_refusals(parse: Callable[[object], object], value: object, message: str
 
 @given(st.text() | st.floats() | st.integers() | st.booleans() | st.none())
 def test_anything_parses_or_is_a_value_error(value: object) -> None:
-    for parse in (parse_seconds, parse_milliseconds, parse_megabytes, parse_bytes, parse_count):
+    for parse in (parse_seconds, parse_milliseconds, parse_megabytes, parse_bytes, parse_count, parse_share):
         with contextlib.suppress(ValueError):
             assert parse(value) >= 0
