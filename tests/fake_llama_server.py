@@ -40,6 +40,7 @@ class Faults:
     """How this server misbehaves; the defaults are a healthy, instant one."""
 
     say: str = ""  # the answer, one token for each word; default "hello from <alias or model file>"
+    smoke_say: str = ""  # and the answer with the model by which builds are tested (mesh.models.tiny_model)
     load_s: float = 0.0  # /health answers 503 for so long
     silent_load: bool = False  # and nothing is logged meanwhile
     busy_load: bool = False  # and a CPU is kept busy meanwhile
@@ -62,6 +63,12 @@ class Faults:
     log_line_bytes: int = 0  # one log line of so many bytes before listening
     grandchild: bool = False  # a process of the same group that holds stdout and ignores SIGTERM
     wrong_model_path: str = ""  # what /props says instead of -m
+    version: str = "0 (fake)"  # what --version and /props tell, as "build number (commit)"
+    version_code: int = 0  # exit code of --version
+    help_code: int = 0  # exit code of --help; it lists nothing then
+    told_prefill_tps: float = 1000.0  # what `timings` tells
+    told_decode_tps: float = 0.0  # 0: tokens_per_s, or 100 if that is not limited
+    no_timings: bool = False  # answers have none
     keepalive_s: float = 5.0  # idle connections are closed after
     keepalive_max: int = 100  # requests per connection
     check_model: bool = False  # a missing -m file is an error, as in the real one
@@ -73,7 +80,9 @@ def parse(argv: list[str]) -> tuple[dict[str, str], Faults]:
     faults = {n.removeprefix("FAKE_").lower(): v for n, v in os.environ.items() if n.startswith("FAKE_")}
     rest = iter(argv)
     for flag in rest:
-        if flag.startswith("--fake-"):
+        if flag in ("--version", "--help", "-h"):
+            flags[flag] = ""
+        elif flag.startswith("--fake-"):
             faults[flag.removeprefix("--fake-").replace("-", "_")] = next(rest)
         elif flag in BARE_FLAGS:
             flags[flag] = ""
@@ -83,6 +92,21 @@ def parse(argv: list[str]) -> tuple[dict[str, str], Faults]:
             fail(f"error: invalid argument: {flag}")
     types = get_type_hints(Faults)
     return flags, Faults(**{n: _value(types[n], v) for n, v in faults.items()})
+
+
+def answer_and_exit(flags: dict[str, str], faults: Faults) -> None:
+    """Do what ``--version`` and ``--help`` ask for, in the form of the real one."""
+    if "--version" in flags:
+        if faults.version_code:
+            fail("error: fake", faults.version_code)
+        fail(f"version: {faults.version}\nbuilt with GNU 0.0.0 for Fake", 0)
+    if {"--help", "-h"} & flags.keys():
+        faulty = {f"--fake-{field.name.replace('_', '-')}" for field in dataclasses.fields(Faults)}
+        lines = [f"{flag} VALUE".ljust(40) + "a value" for flag in sorted(VALUE_FLAGS | faulty)]
+        lines += [flag.ljust(40) + "a switch" for flag in sorted({*BARE_FLAGS, "-h", "--help", "--version"})]
+        if not faults.help_code:
+            print("----- common params -----\n", *lines, sep="\n", flush=True)
+        os._exit(faults.help_code)
 
 
 def _value(kind: type, text: str) -> Any:
@@ -96,6 +120,15 @@ def log(text: str) -> None:
 def fail(text: str, code: int = 1) -> None:
     os.write(2, f"{text}\n".encode())
     os._exit(code)
+
+
+def is_smoke_model(path: str) -> bool:
+    """Whether this is the model of mesh.models.tiny_model; its name stands at the beginning of the file."""
+    try:
+        with open(path, "rb") as file:
+            return b"llama-mesh's tiny model" in file.read(512)
+    except OSError:
+        return False
 
 
 class Slots:
@@ -157,7 +190,8 @@ class Server:
         self.alias = self.flag("-a", "--alias") or os.path.basename(self.model_path) or "fake"
         self.keys = [k for k in (self.flag("--api-key") or os.environ.get("LLAMA_API_KEY", "")).split(",") if k]
         self.slots = Slots(int(self.flag("-np", "--parallel") or 4))
-        self.say = (faults.say or f"hello from {self.alias}").split(" ")
+        smoke_say = faults.smoke_say if faults.smoke_say and is_smoke_model(self.model_path) else ""
+        self.say = (smoke_say or faults.say or f"hello from {self.alias}").split(" ")
         self.ready = threading.Event()
         self.requests: list[Message] = []
         self.inferences = 0
@@ -303,7 +337,7 @@ class Connection:
                 "total_slots": len(slots),
                 "model_path": server.faults.wrong_model_path or server.model_path,
                 "model_alias": server.alias,
-                "build_info": "b0-fake",
+                "build_info": "b" + server.faults.version.replace(" (", "-").rstrip(")"),
             },
             "/v1/models": {"object": "list", "data": [{"id": server.alias, "object": "model", "owned_by": "llamacpp"}]},
             "/lora-adapters": [],
@@ -366,7 +400,7 @@ class Connection:
         if not request.get("stream"):  # a streamed answer, too, has no head before its first token
             words = [word for _, word in self._tokens(request)]
             text = "".join(words).ljust(self.server.faults.reply_bytes)
-            return self.json(whole(dialect, self.server.alias, text, len(words)))
+            return self.json(whole(dialect, self.server.alias, text, len(words)) | self._timings(dialect, len(words)))
         self._head(200, "Content-Type: text/event-stream", "X-Accel-Buffering: no", "Transfer-Encoding: chunked")
         faults, count = self.server.faults, 0
         for n, word in self._tokens(request):
@@ -380,11 +414,21 @@ class Connection:
                 return None
             self._chunk(event)
             count += 1
-        last = delta(dialect, self.server.alias, "", stop=True) | usage(count)
+        last = delta(dialect, self.server.alias, "", stop=True) | usage(count) | self._timings(dialect, count)
         self._chunk(f"data: {json.dumps(last)}\n\n")
         self._chunk("data: [DONE]\n\n")
         self.sock.sendall(b"0\r\n\r\n")
         return None
+
+    def _timings(self, dialect: str, predicted: int) -> Message:
+        """Return llama-server's own measurements, which Anthropic's dialect has no place for."""
+        faults = self.server.faults
+        if faults.no_timings or dialect == "anthropic":
+            return {}
+        decode = faults.told_decode_tps or faults.tokens_per_s or 100.0
+        speeds = {"prompt_per_second": faults.told_prefill_tps, "predicted_per_second": decode}
+        times = {"prompt_ms": 7000 / faults.told_prefill_tps, "predicted_ms": 1000 * predicted / decode}
+        return {"timings": {"prompt_n": 7, "cache_n": 0, "predicted_n": predicted, **speeds, **times}}
 
     def _chunk(self, text: str) -> None:
         data = text.encode()
@@ -403,9 +447,8 @@ DIALECTS = {
 
 
 def usage(completion_tokens: int) -> Message:
-    timings = {"prompt_n": 7, "cache_n": 0, "predicted_n": completion_tokens, "predicted_per_second": 100.0}
     counts = {"prompt_tokens": 7, "completion_tokens": completion_tokens, "total_tokens": 7 + completion_tokens}
-    return {"usage": counts, "timings": timings}
+    return {"usage": counts}
 
 
 def delta(dialect: str, model: str, text: str, *, stop: bool = False) -> Message:
@@ -461,6 +504,7 @@ def install_sigterm(server: Server) -> None:
 
 def main(argv: list[str]) -> None:
     flags, faults = parse(argv)
+    answer_and_exit(flags, faults)
     server = Server(flags, faults)
     install_sigterm(server)
     if faults.log_line_bytes:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mesh.host.ports import PortAllocator
+from mesh.models import tiny_model
 
 Start = Callable[..., "Fake"]
 
@@ -154,3 +155,33 @@ def test_an_unknown_flag_is_refused(start: Start) -> None:
     fake = start("--bad")
     fake.wait_for_line("invalid argument: --bad")
     assert fake.process.wait(5) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_tell_their_speed(ready: Start, stream: bool) -> None:
+    text = ready(say="a b c", told_prefill_tps=500, told_decode_tps=20).ask(CHAT, {"stream": stream}).read().decode()
+    last = json.loads(text.split("data: ")[-2] if stream else text)
+    timings = last["timings"]
+    assert (timings["prompt_n"], timings["prompt_per_second"]) == (7, 500)
+    assert (timings["predicted_n"], timings["predicted_per_second"]) == (3, 20)
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parent / "fake_llama_server.py"
+    return subprocess.run([sys.executable, "-I", "-S", str(script), *args], capture_output=True, text=True)
+
+
+def test_it_tells_its_version_and_its_flags() -> None:
+    version = run("--version", "--fake-version", "7 (abc)")
+    assert (version.returncode, version.stderr.splitlines()[0]) == (0, "version: 7 (abc)")
+    assert {"--ctx-size VALUE", "--jinja", "--fake-load-s VALUE"} <= {
+        line[:30].strip() for line in run("--help").stdout.splitlines()
+    }
+    assert run("--version", "--fake-version-code", "3").returncode == 3
+    assert (run("--help", "--fake-help-code", "4").returncode, run("--help", "--fake-help-code", "4").stdout) == (4, "")
+
+
+def test_it_knows_the_model_by_which_builds_are_tested(ready: Start, tmp_path: Path) -> None:
+    tiny_model.write(tmp_path / "tiny.gguf")
+    answer = ready("-m", str(tmp_path / "tiny.gguf"), say="hi", smoke_say=tiny_model.SENTENCE).ask(CHAT, {})
+    assert json.load(answer)["choices"][0]["message"]["content"] == tiny_model.SENTENCE

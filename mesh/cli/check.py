@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mesh.cli.configuration import load_from
-from mesh.cli.engine import engine_summary, engine_warnings, label
+from mesh.cli.engine import builds_summary, engine_summary, engine_warnings, label, lacking
 from mesh.cli.failure import FAILED, OK
 from mesh.cli.output import print_json, print_table, print_warnings, stdout_console
 from mesh.config.cookbook import model_file
@@ -19,7 +19,7 @@ from mesh.config.profile import Profile
 from mesh.core.budget import BudgetLimits, capacity
 from mesh.core.devices import Devices
 from mesh.core.placement import gpu_kinds
-from mesh.engine.locate import find_engine
+from mesh.engine.locate import Engines
 from mesh.errors import ConfigError
 
 
@@ -40,16 +40,19 @@ def check(arguments: argparse.Namespace) -> int:
 
 def summary(loaded: Loaded) -> dict[str, Any]:
     """Return what the files amount to on this machine."""
-    engine = engine_summary(loaded)
-    lacking = [] if engine["found"] else [Diagnostic("engine", None, "", engine["reason"])]
-    lacking += _cluster_problems(loaded)
+    engine, builds = engine_summary(loaded), builds_summary(loaded)
+    missing = [(Diagnostic("engine", None, "", reason), later) for reason, later in lacking(loaded, engine, builds)]
+    errors = [told for told, later in missing if not later] + _cluster_problems(loaded)
+    not_yet = [told for told, later in missing if later]
+    warnings = (*loaded.warnings, *not_yet, *engine_warnings(loaded, engine), *_memory_warnings(loaded))
     return {
-        "ok": not lacking,
+        "ok": not errors,
         "config": str(loaded.config_path) if loaded.config_path else None,
         "cookbook": str(loaded.cookbook_path) if loaded.cookbook_path else None,
-        "errors": _as_json(lacking),
-        "warnings": _as_json((*loaded.warnings, *engine_warnings(loaded, engine), *_memory_warnings(loaded))),
+        "errors": _as_json(errors),
+        "warnings": _as_json(warnings),
         "engine": engine,
+        "builds": builds,
         "profiles": [_profile(profile) for profile in loaded.catalog.profiles],
     }
 
@@ -75,22 +78,26 @@ def _cluster_problems(loaded: Loaded) -> list[Diagnostic]:
 
 def _memory_warnings(loaded: Loaded) -> list[Diagnostic]:
     """Return what is wrong with model files and figures beyond what loading the cookbook sees."""
-    seen = [*_file_problems(loaded), *_budget_problems(loaded)]
+    seen = [*_launch_problems(loaded), *_budget_problems(loaded)]
     return [Diagnostic(str(loaded.cookbook_path), None, profile.id, message) for profile, message in seen]
 
 
-def _file_problems(loaded: Loaded) -> Iterator[tuple[Profile, str]]:
-    """Yield the files that llama-server could not load. Reads their headers, of each file once."""
-    from mesh.engine.examine import examine  # late: no other command pays for it
+def _launch_problems(loaded: Loaded) -> Iterator[tuple[Profile, str]]:
+    """Yield the files that llama-server could not load, and the flags that it does not know.
+
+    Reads the headers of files, of each once, and asks each llama-server once what it knows.
+    """
+    from mesh.engine.examine import examine, found, refused_flags  # late: no other command pays for it
     from mesh.engine.llama import child_env
 
     told = [warning.message for warning in loaded.warnings]
+    engines = Engines(loaded.settings.build_settings())
     for profile in loaded.catalog.profiles:
-        if any(repr(model_file(profile)) in message for message in told):
-            continue  # it is not there, or no GGUF file at all
-        problem = examine(
-            profile, child_env(profile, os.environ), lambda: find_engine(loaded.settings.llama_cpp)
-        ).problem
+        env = child_env(profile, os.environ)
+        if any(repr(model_file(profile)) in message for message in told):  # it is not there, or no GGUF file at all
+            problem = refused_flags(profile, env, found(engines.of, profile))
+        else:
+            problem = examine(profile, env, engines.of).problem
         if problem is not None:
             yield profile, f"{problem}; it will not start"
 
@@ -134,6 +141,7 @@ def _profile(profile: Profile) -> dict[str, Any]:
         "key": profile.key,
         "aliases": list(profile.aliases),
         "engine": str(profile.engine),
+        "engine_build": profile.engine_build,
         "model": _model_source(profile),
         "model_file_missing": _is_missing(profile),
         "max_instances": profile.max_instances,
@@ -181,6 +189,9 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"engine    {label(engine)}", markup=False)
     else:
         console.print(f"engine    none: {engine['reason']}", markup=False, style="red", soft_wrap=True)
+    for name, build in result["builds"].items():
+        found = label(build) if build["found"] else f"none: {build['reason']}"
+        console.print(f"build     {name}: {found}", markup=False, soft_wrap=True)
     if result["profiles"]:
         console.print()
         print_table(["MODEL", "ALIASES", "FILE", "INSTANCES", "MEMORY"], [_row(p) for p in result["profiles"]])

@@ -1,4 +1,4 @@
-"""The llama-server that a node would run here, and what of a cookbook it could not do. Starts nothing."""
+"""The llama-servers that a node would run here, and what of a cookbook it could not do. Starts nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.diagnostics import Diagnostic
 from mesh.config.llama_args import HF_FLAGS, OTHER_SOURCE_FLAGS, flag_value, has_flag
 from mesh.config.loader import Loaded
 from mesh.config.profile import Profile
-from mesh.engine.locate import find_engine
+from mesh.engine.locate import Engines
 from mesh.errors import EngineMissingError
 
 #: See ``mesh.engine.embedded``: elsewhere llama.cpp's own download cannot be called.
@@ -20,16 +21,35 @@ _DOWNLOADS_ON = "x86_64"
 _GPU_LAYER_FLAGS = ("-ngl", "--gpu-layers", "--n-gpu-layers")
 
 
-def engine_summary(loaded: Loaded) -> dict[str, Any]:
-    """Return which llama-server would be run, or why none."""
+def engine_summary(loaded: Loaded, build: str | None = None) -> dict[str, Any]:
+    """Return which llama-server of *build* would be run, or why none; None is the default build."""
     try:
-        engine = find_engine(loaded.settings.llama_cpp)
+        engine = Engines(loaded.settings.build_settings()).named(build)
     except EngineMissingError as error:
-        return {"found": False, "reason": error.message}
+        made = loaded.settings.build_settings()[build or DEFAULT_BUILD].is_made
+        return {"found": False, "reason": error.message, "will_be_built": made}
     if not os.access(engine.argv[0], os.X_OK):
-        reason = f"llama_cpp.binary_path {engine.argv[0]} is not executable; run: chmod +x {engine.argv[0]}"
-        return {"found": False, "reason": reason}
+        reason = f"{_path_key(build)} {engine.argv[0]} is not executable; run: chmod +x {engine.argv[0]}"
+        return {"found": False, "reason": reason, "will_be_built": False}
     return {"found": True, "source": engine.source, "version": engine.version, "command": list(engine.argv)}
+
+
+def _path_key(build: str | None) -> str:
+    return "llama_cpp.binary_path" if build is None else f"builds.{build}.binary_path"
+
+
+def builds_summary(loaded: Loaded) -> dict[str, dict[str, Any]]:
+    """Return the same of every named build."""
+    return {name: engine_summary(loaded, name) for name in loaded.settings.builds}
+
+
+def lacking(loaded: Loaded, engine: dict[str, Any], builds: dict[str, dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+    """Yield why each build that profiles ask for is not there, and whether the node will build it."""
+    profiles = loaded.catalog.profiles
+    asked = {profile.engine_build for profile in profiles} or {None}
+    for name, found in ((None, engine), *builds.items()):
+        if name in asked and not found["found"]:
+            yield found["reason"], found["will_be_built"]
 
 
 def label(engine: dict[str, Any]) -> str:
@@ -46,6 +66,7 @@ def engine_warnings(loaded: Loaded, engine: dict[str, Any]) -> list[Diagnostic]:
     return [
         Diagnostic(file, None, profile.id, message)
         for profile in loaded.catalog.profiles
+        if profile.engine_build is None
         for message in _beyond_embedded(profile, engine)
     ]
 

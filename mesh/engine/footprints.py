@@ -74,7 +74,7 @@ class FootprintBook:
     def __init__(
         self,
         *,
-        engine: Callable[[], EngineBinary],
+        engine: Callable[[Profile], EngineBinary],
         ram_limit_mib: Callable[[], int | None],
         devices: Callable[[], Devices | None],
         path: Path | None,
@@ -88,6 +88,8 @@ class FootprintBook:
         self._environ = os.environ if environ is None else environ
         self._learned = LearnedFigures(path)
         self._entries: dict[str, _Entry] = {}
+        #: which flags of each profile were said not to be known to its engine; None = there is no log to say it in
+        self._told: dict[str, str | None] | None = None
         self._sampled: Devices | None = None
         self._waiting = False  #: for the first sample
         self._unsampled: Devices | None = None  #: what stands for it after too long a wait
@@ -122,6 +124,7 @@ class FootprintBook:
         catalog = {profile.key: profile for profile in profiles}
         for key in self._entries.keys() - catalog.keys():
             del self._entries[key]
+        self._told = {key: told for key, told in (self._told or {}).items() if key in catalog}
         tasks.spawn(self.look(catalog.values()), "survey of the model files")
 
     async def look(self, profiles: Iterable[Profile]) -> None:
@@ -195,9 +198,18 @@ class FootprintBook:
             entry.look = entry.look or Look("", LaunchOptions(), note="its files could not be looked at")
         finally:
             entry.looking, entry.looked_at = None, asyncio.get_running_loop().time()
+        self._warn_of_flags(entry)
         if entry.asked:
             entry.asked = False
             self._changed()
+
+    def _warn_of_flags(self, entry: _Entry) -> None:
+        """Say once for each profile and engine which flags keep it from starting, before anybody asks for it."""
+        refused = None if entry.look is None else entry.look.refused
+        if self._told is not None and refused != self._told.get(entry.profile.key):
+            if refused is not None:
+                _log.warning("%s will not start: %s", entry.profile.id, refused)
+            self._told[entry.profile.key] = refused
 
     # -- answering
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mesh.config.llama_args import (
     ADDRESS_FLAGS,
+    FIT_FLAGS,
     HF_FLAGS,
     MODEL_FLAGS,
     OTHER_SOURCE_FLAGS,
@@ -23,6 +24,7 @@ from mesh.config.llama_args import (
     without_flags,
 )
 from mesh.config.profile import Engine, Profile
+from mesh.engine import flags
 from mesh.engine.assignment import VISIBLE_VARIABLES, Assignment
 from mesh.engine.locate import EngineBinary
 from mesh.errors import ConfigError
@@ -73,6 +75,8 @@ def command(
     if profile.engine is not Engine.LLAMA:
         raise ConfigError(f"profile {profile.key}: engine {profile.engine} cannot be run by this version")
     args = launch_args(profile.args, profile.model_path, profile.hf_repo, profile.hf_file)
+    if not has_flag(profile.args, FIT_FLAGS) and flags.lacks(engine, FIT_FLAGS[0]):
+        args = without_flags(args, FIT_FLAGS)  # an older llama.cpp, which does not resize itself
     if not has_flag(args, MODEL_FLAGS + HF_FLAGS + OTHER_SOURCE_FLAGS) and not set(MODEL_VARIABLES) & set(profile.env):
         raise ConfigError(f"profile {profile.key} names no model; give it model_path, hf_repo or -m in its arguments")
     host = flag_value(args, ("--host",)) or LOOPBACK
@@ -88,9 +92,14 @@ def command(
     return Command(argv, env, _reachable(profile, host), port, key)
 
 
+def own_env(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what any child may have of *environ*: not the node's own settings, and no keys."""
+    return {name: value for name, value in environ.items() if not _WITHHELD.match(name)}
+
+
 def child_env(profile: Profile, environ: Mapping[str, str], assignment: Assignment = UNASSIGNED) -> dict[str, str]:
     """Return the environment of *profile*'s child, on the basis of this process's *environ*."""
-    env = {name: value for name, value in environ.items() if not _WITHHELD.match(name)}
+    env = own_env(environ)
     # OpenMP threads spin at their barriers by default: beside other load that costs up to 90 times the speed
     env.setdefault("OMP_WAIT_POLICY", "passive")
     if profile.devices:

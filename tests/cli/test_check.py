@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from mesh.cli import engine
 from mesh.cli.main import run
 from mesh.core.devices import Devices, Gpu
+from mesh.engine import locate
 from mesh.engine.locate import EngineBinary
 from mesh.errors import EngineMissingError
 from mesh.host.devices import DeviceReader
 from tests.tiny_models import write_chat
 
+ROOT = Path(__file__).parents[2]
 COOKBOOK = """
 models:
   - name: Qwen3
@@ -36,7 +37,7 @@ models:
 def embedded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """An embedded engine on Linux, whatever this machine has."""
     found = EngineBinary((sys.executable, "embedded.py"), "b1", "embedded")
-    monkeypatch.setattr(engine, "find_engine", lambda settings: found)
+    monkeypatch.setattr(locate, "find_engine", lambda settings: found)
     monkeypatch.setattr("sys.platform", "linux")
     return monkeypatch
 
@@ -104,7 +105,7 @@ def test_no_engine_at_all_is_a_failure(embedded: pytest.MonkeyPatch, capsys: pyt
     def none(settings: object) -> EngineBinary:
         raise EngineMissingError("no llama-server found. Either ...")
 
-    embedded.setattr(engine, "find_engine", none)
+    embedded.setattr(locate, "find_engine", none)
     assert run(["check"]) == 1
     assert "no llama-server found. Either" in capsys.readouterr().out
 
@@ -214,3 +215,75 @@ def test_a_figure_above_a_number_in_the_configuration_is_told_once(
     assert run(["check", "--json"]) == 0
     (warning,) = json.loads(capsys.readouterr().out)["warnings"]
     assert "more than all of max_sysmem_mb" in warning["message"]
+
+
+FAKE_ENGINE = f'#!/bin/sh\nexec {sys.executable} -I -S {ROOT}/tests/fake_llama_server.py "$@"\n'
+
+
+def fake_engine(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(FAKE_ENGINE)
+    path.chmod(0o755)
+    return path
+
+
+def test_flags_that_an_engine_does_not_know_are_told_for_each_build(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a profile whose file is missing, too: both keep it from starting."""
+    fake_engine(tmp_path / "bin/old/llama-server")
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"builds": {"old": {"binary_path": "bin/old/llama-server"}, "new": {"repo_url": "https://x/y"}}})
+    )
+    write_chat(tmp_path / "m.gguf")
+    words = {"args": "-c 512 --no-mmap", "old": "-c 512 --paralel 2", "ok": "-c 512 --parallel 2"}
+    profiles = [{"id": id, "model_path": "m.gguf", "llama_server_args": args} for id, args in words.items()]
+    profiles += [{"id": "lost", "model_path": "gone.gguf", "llama_server_args": "--bogus"}]
+    for entry in profiles[1:3]:
+        entry["engine_build"] = "old"
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": profiles}]}))
+    assert run(["check", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    told = {w["path"]: w["message"] for w in result["warnings"] if w["path"].startswith("m:")}
+    unknown = {
+        "m:args": "llama-server b11549 (build default) does not know --no-mmap (use --load-mode none)",
+        "m:old": "llama-server (build old) does not know --paralel (did you mean '--parallel'?)",
+        "m:lost": "llama-server b11549 (build default) does not know --bogus",
+    }
+    assert told == {path: f"{what}; it will not start" for path, what in unknown.items()}
+    assert (result["builds"]["old"]["found"], result["builds"]["new"]["found"]) == (True, False)
+    assert [profile["engine_build"] for profile in result["profiles"]] == [None, "old", "old", None]
+    assert run(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "build     old: configured llama-server, unknown version" in out
+    assert "build     new: none: the llama-server of build 'new' is not built yet" in out
+
+
+@pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize(("more", "status"), [({}, 1), ({"repo_url": "https://x/y"}, 0)])
+def test_a_build_that_is_missing_is_a_failure_unless_the_node_makes_it(
+    more: dict[str, str], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({"builds": {"cuda": more, "unused": {}}}))
+    write_chat(tmp_path / "m.gguf")
+    profile = {"model_path": "m.gguf", "engine_build": "cuda"}
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": [profile]}]}))
+    assert run(["check", "--json"]) == status
+    result = json.loads(capsys.readouterr().out)
+    (problem,) = result["errors"] or result["warnings"]
+    assert problem["message"].endswith("llama-mesh rebuild cuda")
+    assert ("is not built yet" in problem["message"]) == bool(more)
+
+
+def test_the_default_engine_need_not_be_there_if_nobody_runs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_engine(tmp_path / "own")
+    config = {"llama_cpp": {"binary_path": "/nowhere/llama-server"}, "builds": {"own": {"binary_path": "own"}}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert run(["check"]) == 1
+    profile = {"llama_server_args": "-hf a/b", "engine_build": "own"}
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": [profile]}]}))
+    capsys.readouterr()
+    assert run(["check"]) == 0
+    assert "engine    none: llama_cpp.binary_path /nowhere/llama-server does not exist" in capsys.readouterr().out

@@ -470,7 +470,8 @@ EMBEDDED = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ("--contxt 4096", "invalid argument: --contxt"),
+        ("--contxt 4096", "llama-server b11549 (build default) does not know --contxt"),
+        ("--no-mmap", "use --load-mode none"),
         ("-c abc", "-c"),
         ("-ctk q9_9", "q9_9"),
         ("-c", "-c"),

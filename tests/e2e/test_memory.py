@@ -241,12 +241,13 @@ class TestCrowded:
         assert {name: entry["fit"] for name, entry in said.items()} == {
             "alpha": "loaded",
             "beta": "after_eviction",
-            "typo": "after_eviction",  # only a start, or its vetting, reads the arguments
+            "typo": "unknown",
             "torn": "unknown",
             "huge": "never",
         }
         assert said["beta"]["evict"] == [{"instance": alpha["id"], "model": "alpha"}]
         assert "truncated.gguf" in said["torn"]["problem"]
+        assert "does not know --no-such-flag" in said["typo"]["problem"]
         assert said["beta"]["kv"]["cpu"] > 0
         told = crowded.cli("fit")
         assert told.returncode == 0, told

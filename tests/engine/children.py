@@ -59,7 +59,7 @@ class Node:
 
     def __init__(self, engine: EngineBinary, ports: PortAllocator | None = None) -> None:
         self.ports = ports or PortAllocator()
-        self.host = Host(self.ports, lambda: engine)
+        self.host = Host(self.ports, lambda profile: engine)
         self.started: list[tuple[Runner, Reports]] = []
 
     async def __aenter__(self) -> Node:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mesh.config.builds import LlamaCpp
 from mesh.config.profile import Profile
 from mesh.core.devices import Devices, Gpu
 from mesh.core.footprint import Footprint, Source
@@ -20,9 +21,9 @@ from mesh.core.resources import Resources
 from mesh.engine import examine as examine_module
 from mesh.engine import footprints as module
 from mesh.engine.footprints import FootprintBook
-from mesh.engine.locate import EngineBinary
+from mesh.engine.locate import EngineBinary, Engines
 from mesh.errors import EngineMissingError
-from tests.engine.children import make_profile
+from tests.engine.children import FAKE, make_profile
 from tests.synthetic_models import write
 
 ENGINE = EngineBinary(("/opt/llama-server",), None, "configured")
@@ -42,7 +43,7 @@ class Book:
         self.told = 0
         self._news = asyncio.Event()
         self.book = FootprintBook(
-            engine=lambda: self.engine(),
+            engine=lambda profile: self.engine(),
             ram_limit_mib=lambda: self.ram_limit_mib,
             devices=lambda: self.devices,
             path=path,
@@ -323,7 +324,7 @@ async def test_another_engine_has_learned_nothing(model: Path, tmp_path: Path) -
     binary = tmp_path / "llama-server"
     sources = []
     book = Book()
-    book.engine = lambda: EngineBinary((str(binary),), None, "configured")
+    book.engine = Engines({"default": LlamaCpp(binary_path=str(binary))}).named
     for content in ("one", "another"):
         binary.write_text(content)
         await book.book.look([profile(model)])
@@ -386,3 +387,67 @@ async def test_a_missing_engine_prevents_no_estimate(model: Path) -> None:
     book = Book()
     book.engine = none
     assert (await book.of(profile(model))).source is Source.ESTIMATED
+
+
+def fake_engine(path: Path) -> Callable[[], EngineBinary]:
+    path.write_text(f'#!/bin/sh\nexec {" ".join(FAKE.argv)} "$@"\n')
+    path.chmod(0o755)
+    return Engines({"default": LlamaCpp(binary_path=str(path))}).named
+
+
+async def test_flags_that_the_engine_does_not_know_are_a_problem_and_told_once(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before anybody asks for it; an edit, or another engine, is told of anew."""
+    book, wrong = Book(), profile(model, "--bogus")
+    book.engine = fake_engine(tmp_path / "llama-server")
+    for _ in range(2):
+        book.book.survey([wrong])
+        found = await book.of(wrong)
+        book.book._entries.clear()
+    said = "llama-server (build default) does not know --bogus"
+    assert found.problem == said
+    assert found.source is Source.ESTIMATED, "what it would take is known all the same"
+    assert caplog.messages == [f"m will not start: {said}"]
+    assert (await book.of(profile(model, "--jinja"))).problem is None
+    await book.of(wrong)
+    assert caplog.messages == [f"m will not start: {said}"] * 2
+
+
+async def test_only_a_node_writes_of_flags_into_its_log(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A command that asks for a footprint says it itself."""
+    book = Book()
+    book.engine = fake_engine(tmp_path / "llama-server")
+    await book.book.look([wrong := profile(model, "--bogus")])
+    found = book.book.peek(wrong)
+    assert found is not None
+    assert found.problem is not None
+    assert caplog.messages == []
+
+
+async def test_flags_and_files_are_told_together(tmp_path: Path) -> None:
+    book = Book()
+    book.engine = fake_engine(tmp_path / "llama-server")
+    found = await book.of(profile(tmp_path / "gone.gguf", "--bogus"))
+    assert found.problem is not None
+    assert found.problem.startswith("llama-server (build default) does not know --bogus; ")
+    assert found.problem.endswith("there is no such file")
+
+
+async def test_each_profile_is_looked_at_with_its_own_engine(model: Path) -> None:
+    asked: list[str] = []
+
+    def engine(profile: Profile) -> EngineBinary:
+        asked.append(profile.key)
+        return EMBEDDED if profile.key == "small:default" else ENGINE
+
+    book = FootprintBook(
+        engine=engine, ram_limit_mib=lambda: None, devices=lambda: BOX, path=None, changed=lambda: None, environ={}
+    )
+    small = replace(profile(model), key="small:default")
+    await book.look([profile(model), small])
+    assert sorted(asked) == ["m:default", "small:default"]
+    needs = [found.need.gpu_mib for p in (profile(model), small) if (found := book.peek(p)) is not None]
+    assert needs[0] > needs[1] == 0, "the embedded one uses no GPU"

@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mesh.config.settings import LlamaCpp
+from mesh.config.builds import LlamaCpp
 from mesh.core.exits import Cause
+from mesh.engine import flags
 from mesh.engine import runner as runner_module
 from mesh.engine.assignment import Assignment
-from mesh.engine.locate import EngineBinary
+from mesh.engine.locate import EngineBinary, Engines
 from mesh.engine.runner import Exited, Healthy, Launcher, Runner
 from mesh.errors import CapacityError, ConfigError, EngineMissingError, InstanceError
 from mesh.host.ports import PortAllocator
@@ -253,7 +254,7 @@ async def test_the_launcher_runs_the_configured_binary(tmp_path: Path) -> None:
     script = tmp_path / "llama-server"
     script.write_text(f'#!/bin/sh\nexec {" ".join(FAKE.argv)} "$@"\n')
     script.chmod(0o755)
-    launcher, reports = Launcher(LlamaCpp(binary_path=str(script))), Reports()
+    launcher, reports = Launcher(Engines({"default": LlamaCpp(binary_path=str(script))})), Reports()
     runner = launcher.launch("m-1", make_profile(), reports)
     assert isinstance(runner, Runner)
     assert runner.pid is None
@@ -272,7 +273,7 @@ async def test_an_assignment_reaches_the_child(tmp_path: Path) -> None:
     script = tmp_path / "llama-server"
     script.write_text(f'#!/bin/sh\nexec {" ".join(FAKE.argv)} "$@"\n')
     script.chmod(0o755)
-    launcher, reports = Launcher(LlamaCpp(binary_path=str(script))), Reports()
+    launcher, reports = Launcher(Engines({"default": LlamaCpp(binary_path=str(script))})), Reports()
     runner = launcher.launch("m-1", make_profile(), reports, Assignment(None, (), 77))
     runner.start()
     await reports.healthy()
@@ -294,7 +295,7 @@ async def test_a_child_that_the_system_kills_ran_out_of_memory(node: Node) -> No
 
 
 async def test_a_missing_engine_is_told_by_start(tmp_path: Path) -> None:
-    launcher = Launcher(LlamaCpp(binary_path=str(tmp_path / "none")))
+    launcher = Launcher(Engines({"default": LlamaCpp(binary_path=str(tmp_path / "none"))}))
     runner = launcher.launch("m-1", make_profile(), Reports())
     with pytest.raises(EngineMissingError):
         runner.start()
@@ -307,3 +308,36 @@ def test_sharded_models_count_whole(tmp_path: Path) -> None:
     assert runner_module._model_bytes(make_profile(model_path=str(shard))) == 40
     assert runner_module._model_bytes(make_profile(model_path=str(tmp_path / "none"))) == 0
     assert runner_module._model_bytes(make_profile(model_path=None, hf_repo="a/b")) == 0
+
+
+async def test_nothing_is_started_with_flags_that_are_known_to_be_refused(tmp_path: Path) -> None:
+    script = tmp_path / "llama-server"
+    script.write_text(f'#!/bin/sh\nexec {" ".join(FAKE.argv)} "$@"\n')
+    script.chmod(0o755)
+    launcher = Launcher(Engines({"default": LlamaCpp(binary_path=str(script))}))
+    profile = make_profile("--bogus")
+    assert flags.refused(profile.args, launcher.engine(profile), os.environ) is not None
+    runner = launcher.launch("m-1", profile, Reports())
+    with pytest.raises(InstanceError, match=r"\(build default\) does not know --bogus"):
+        runner.start()
+    assert runner.pid is None
+    await launcher.close()
+
+
+async def test_each_instance_runs_the_engine_of_its_profile(tmp_path: Path) -> None:
+    builds = {}
+    for name in ("default", "other"):
+        script = tmp_path / name
+        script.write_text(f'#!/bin/sh\nexec {" ".join(FAKE.argv)} "$@"\n')
+        script.chmod(0o755)
+        builds[name] = LlamaCpp(binary_path=str(script))
+    launcher, reports = Launcher(Engines(builds)), Reports()
+    profile = make_profile(engine_build="other")
+    runner = launcher.launch("m-1", profile, reports)
+    runner.start()
+    await reports.healthy()
+    assert runner.engine == launcher.engine(profile) != launcher.engine()
+    assert (runner.command[0], runner.engine.build) == (str(tmp_path / "other"), "other")
+    runner.terminate()
+    await reports.exited()
+    await launcher.close()
