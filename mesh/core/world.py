@@ -49,6 +49,7 @@ class InstanceView:
     fresh: bool = False  #: nothing was admitted to it yet
     stale: bool = False  #: started from a profile that changed or is gone
     pinned: bool = False
+    superseded: bool = False  #: it runs another engine than its profile would be started with now
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Snapshot:
     instances: Sequence[InstanceView]
     demands: Sequence[Demand]
     foreign: Resources = field(default_factory=Resources)  #: what of the capacity others use; never evictable
+    replacing: frozenset[str] = frozenset()  #: profiles whose only instance made way for one with another engine
 
     @property
     def ceiling(self) -> Resources:
@@ -80,6 +82,7 @@ class Reason(StrEnum):
     PROFILE_CHANGED = "profile changed"
     IDLE = "idle"
     ROOM = "room for another model"
+    ENGINE_REPLACED = "engine replaced"
 
 
 class Refusal(StrEnum):
@@ -116,7 +119,7 @@ class Vet:
 class Drain:
     instance: str
     reason: Reason
-    competitor: str | None = None
+    competitor: str | None = None  #: for whom; its own profile: for its successor, which is to be waited for
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,18 +7,21 @@ of its profile, or just gives it back if nobody waits anywhere.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import inf
 
 from mesh.config.profile import Profile
 from mesh.core import scheduler
 from mesh.core.lifecycle import Event, State
+from mesh.core.replacing import makes_room, still_to_come
 from mesh.core.world import Admit, Decision, Drain, Reason, Recipe, Refuse, Snapshot, Spawn, Vet
 from mesh.engine import refusals
 from mesh.engine.abandoned import abandon
 from mesh.engine.instances import ActiveLease, Instance
 from mesh.engine.lease import Ticket, Waiter
 from mesh.engine.lives import Limits, Lives
+from mesh.engine.prewarm import unattended
 from mesh.engine.queues import ADMITTED, Place
 from mesh.errors import DrainingError, MeshError
 from mesh.logs import Log
@@ -74,7 +77,7 @@ class Dispatcher(Lives):
         let_in = place.since < self._closing_since  # one that is sent again after a crash was let in before the drain
         if self._stopped or (self._closing and not let_in):
             return DrainingError("Node is draining for shutdown")
-        profile = self.catalog.names.get(place.key)
+        profile = self.profile(place.key)
         if profile is None or self._open_instance(place.key, place.needs_slot) is not None:
             return None
         if profile.max_queue and self._queues.length(profile.key) >= profile.max_queue:
@@ -111,7 +114,7 @@ class Dispatcher(Lives):
             self._queues.remove(place)
             self._metrics.queue_drops_timeout += 1
             mine = [i.view() for i in self._instances.values() if i.profile.key == place.key]
-            profile, waited_s = self.catalog.names.get(place.key), self._loop.time() - place.since
+            profile, waited_s = self.profile(place.key), self._loop.time() - place.since
             known = None if profile is None else self._footprints.peek(profile)
             name = place.key if profile is None else profile.id
             self._refuse(place, refusals.queue_timeout(name, waited_s, mine, known, self.memory_report()))
@@ -189,13 +192,15 @@ class Dispatcher(Lives):
             del self._ran_out[key]  # nobody waits for that load any more
         look_again_at = self.ledger.expire()
         world = self._snapshot()
+        for key in self._successors.keys() - world.replacing:
+            self._successors.pop(key).cancel()
         result = scheduler.plan(world)
         self._held = result.held
         for decision in result.decisions:
             self._carry_out(decision)
         if self._queues.total and any(isinstance(d, Admit) for d in result.decisions):
             self._inbox.append(lambda: None)  # who waits may have an instance now that others no longer wait for
-        moments = (scheduler.next_wakeup(world), look_again_at)
+        moments = (scheduler.next_wakeup(world), look_again_at, *self._retries(world))
         self._alarm.reset(min((m for m in moments if m is not None), default=None))
         if self.telemetry is not None:
             moving = bool(self.ledger.ghosts.all) or any(i.state is not State.READY for i in self._instances.values())
@@ -206,12 +211,15 @@ class Dispatcher(Lives):
     def _snapshot(self) -> Snapshot:
         demands, ledger = self._queues.demands(), self.ledger
         views = [i.view() for i in self._instances.values()]
+        if self._closing:  # a node that stops replaces nothing any more
+            views = [replace(v, superseded=False) for v in views]
         waiting = {d.key for d in demands}
-        keys = waiting | {v.key for v in views}
-        profiles = [p for key in keys if (p := self.catalog.names.get(key)) is not None]
-        recipes = {p.key: self._recipe(p, wanted=p.key in waiting) for p in profiles}
+        wanted = waiting | {v.key for v in views if v.superseded}
+        profiles = [p for key in {*waiting, *(v.key for v in views)} if (p := self.profile(key)) is not None]
+        recipes = {p.key: self._recipe(p, wanted=p.key in wanted) for p in profiles}
+        replacing = still_to_come(self._successors, views, waiting)
         views += ledger.ghosts.views()
-        return Snapshot(self._loop.time(), ledger.capacity, recipes, views, demands, ledger.foreign)
+        return Snapshot(self._loop.time(), ledger.capacity, recipes, views, demands, ledger.foreign, replacing)
 
     def _recipe(self, profile: Profile, *, wanted: bool) -> Recipe:
         fresh = self._footprints.fresh(profile)  # asked first: the need is then as fresh, whatever time it gets
@@ -237,18 +245,33 @@ class Dispatcher(Lives):
             case Spawn():
                 self._spawn(decision)
             case Vet():
-                self._trust.begin(self.catalog.names[decision.key])
+                profile = self.profile(decision.key)
+                assert profile is not None, "the scheduler was told of it"
+                self._trust.begin(profile)
             case Drain():
                 instance = self._instances[decision.instance]
                 log.info("draining", instance=instance.id, reason=decision.reason, competitor=decision.competitor)
                 if decision.reason is Reason.ROOM:
                     self._metrics.evictions_total += 1
                     self._turn_ended[instance.profile.key] = self._loop.time()
+                if makes_room(decision):
+                    self._await_successor(instance.profile.key)
                 self._step(instance, Event.DRAIN)
             case Refuse():
                 error = self._refusal(decision)
                 for place in self._queues.pop_all(decision.key):
                     self._refuse(place, error)
+
+    def _await_successor(self, key: str) -> None:
+        """Start *key* again once there is room, without a request."""
+        place = Place(key, unattended(), self._loop.time(), needs_slot=False, on_cancel=self._cancelled)
+        self._successors[key] = place
+        self._queues.add(place)
+
+    def _retries(self, world: Snapshot) -> list[float]:
+        """Return when the back-offs of successors that failed to start are over."""
+        failures = map(self._failures.get, {i.key for i in world.instances if i.superseded})
+        return [f.retry_at for f in failures if f is not None and f.retry_at > world.now]
 
     def _admit(self, decision: Admit) -> None:
         instance = self._instances[decision.instance]
@@ -259,7 +282,7 @@ class Dispatcher(Lives):
                     self._grant(instance, place.waiter, needs_slot)
 
     def _refusal(self, decision: Refuse) -> MeshError:
-        profile = self.catalog.names.get(decision.key)
+        profile = self.profile(decision.key)
         if profile is None:
             return refusals.gone(decision.key)
         failure, now = self._failures.get(decision.key), self._loop.time()

@@ -1,4 +1,4 @@
-"""Views of the ledger for people: who holds what, and what would have to go for whom. Changes nothing."""
+"""Views of the ledger for people: who holds what, and what would have to go for whom. Changes no figure."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from mesh.core.world import Recipe, Snapshot
 from mesh.engine.instances import Instance
 from mesh.engine.ledger import Footprints, Ledger
 from mesh.engine.memory_report import Fit, Holder, MemoryReport, ModelFit
+from mesh.logs import Log
+
+log = Log(__name__)
+
+#: By how much, beyond a tenth, an instance may use more than it was given without a word.
+EXCESS_MIB = 64
 
 
 def memory_only(amounts: Resources) -> Resources:
@@ -53,6 +59,18 @@ def fit_of(profile: Profile, recipe: Recipe, world: Snapshot, footprints: Footpr
         return ModelFit(profile.key, profile.id, Fit.NEVER, footprint)
     fit = Fit.WAITS if outlook.waits else Fit.AFTER_EVICTION if outlook.victims else Fit.NOW
     return ModelFit(profile.key, profile.id, fit, footprint, memory_only(outlook.placement), outlook.victims)
+
+
+def warn_of_excess(instance: Instance) -> None:
+    """Say once that *instance* uses clearly more than it was given: a figure in the cookbook is too low."""
+    if instance.live is None or instance.warned or instance.state is not State.READY:
+        return
+    given = instance.placed.mib
+    over = {k: mib for k, mib in instance.live.mib.items() if mib > given.get(k, 0) * 1.1 + EXCESS_MIB}
+    if over:
+        instance.warned = True
+        log.warning("an instance uses more memory than it was given; it is charged what it uses", over_mib=over,
+                    instance=instance.id, model=instance.profile.id, given=in_words(instance.placed))  # fmt: skip
 
 
 def in_words(amounts: Resources) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.profile import Profile
 from mesh.core.budget import INSTANCES
 from mesh.core.lifecycle import State
@@ -16,6 +17,7 @@ from mesh.core.resources import Resources
 from mesh.core.world import InstanceView
 from mesh.engine.assignment import Assignment
 from mesh.engine.lease import Endpoint
+from mesh.engine.locate import EngineBinary
 from mesh.engine.runner import Report
 from mesh.host.logring import LogRing
 
@@ -30,6 +32,8 @@ class RunnerLike(Protocol):
     def pid(self) -> int | None: ...
     @property
     def command(self) -> tuple[str, ...]: ...
+    @property
+    def engine(self) -> EngineBinary | None: ...
     def start(self) -> None: ...
     def terminate(self) -> None: ...
     def kill(self) -> None: ...
@@ -41,6 +45,7 @@ class LauncherLike(Protocol):
         self, instance_id: str, profile: Profile, report: Callable[[Report], None], assignment: Assignment
     ) -> RunnerLike: ...
     async def vet(self, profile: Profile) -> str | None: ...
+    def engine(self, profile: Profile) -> EngineBinary: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +104,8 @@ class Instance:
     ready_wall: float | None = None
     fresh: bool = True
     stale: bool = False
+    superseded: bool = False  #: it runs another engine than its profile would be started with now
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  #: set once its process was reaped
     story: deque[str] = field(default_factory=lambda: deque(maxlen=20))
     timer: asyncio.TimerHandle | None = None
 
@@ -137,13 +144,14 @@ class Instance:
             fresh=self.fresh,
             stale=self.stale,
             pinned=self.profile.pinned,
+            superseded=self.superseded,
         )
 
 
 def launch_identity(profile: Profile) -> tuple[object, ...]:
     """Return what a running process was started from; if it differs after a reload, the process must be replaced."""
-    return (profile.engine, profile.args, profile.model_path, profile.hf_repo, profile.hf_file, profile.devices,
-            tuple(sorted(profile.env.items())))  # fmt: skip
+    return (profile.engine, profile.engine_build, profile.engine_path, profile.args, profile.model_path,
+            profile.hf_repo, profile.hf_file, profile.devices, tuple(sorted(profile.env.items())))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +174,15 @@ class InstanceInfo:
     live: Resources | None  #: what it was last seen to use
     command: tuple[str, ...]
     stale: bool
+    superseded: bool
+    engine_version: str | None  #: of what it really runs, whatever is installed by now
+    engine_build: str
+    engine_path: str  #: with all links resolved; "" until it was started
 
 
 def describe(instance: Instance, now: float) -> InstanceInfo:
     """Return the public view of *instance*; its command line is redacted by the runner (trap 101)."""
-    ready = instance.state in (State.READY, State.DRAINING)
+    ready, engine = instance.state in (State.READY, State.DRAINING), instance.runner.engine
     return InstanceInfo(
         id=instance.id,
         key=instance.profile.key,
@@ -188,4 +200,8 @@ def describe(instance: Instance, now: float) -> InstanceInfo:
         live=instance.live,
         command=instance.runner.command,
         stale=instance.stale,
+        superseded=instance.superseded,
+        engine_version=None if engine is None else engine.version,
+        engine_build=(instance.profile.engine_build or DEFAULT_BUILD) if engine is None else engine.build,
+        engine_path="" if engine is None else engine.argv[-1],
     )

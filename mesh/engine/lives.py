@@ -29,7 +29,7 @@ from mesh.core.world import LIVE, Spawn
 from mesh.engine import refusals
 from mesh.engine.alarm import Alarm
 from mesh.engine.failures import FailureBook
-from mesh.engine.holders import in_words, report_of
+from mesh.engine.holders import in_words, report_of, warn_of_excess
 from mesh.engine.instances import Instance, LauncherLike
 from mesh.engine.ledger import CookbookFigures, Footprints, Ledger
 from mesh.engine.memory_report import MemoryReport
@@ -43,9 +43,6 @@ from mesh.metrics import Metrics
 from mesh.tasks import wall_time
 
 log = Log(__name__)
-
-#: By how much, beyond a tenth, an instance may use more than it was given without a word.
-EXCESS_MIB = 64
 
 
 class TelemetryLike(Protocol):
@@ -88,6 +85,9 @@ class Lives:
         self.ledger = Ledger(limits.budget, self._footprints, self._loop.time, devices)
         self._trust = Trust(launcher, self._footprints, self._loop.time, self._vetted)
         self.first_sample = asyncio.Event()  #: set once telemetry has seen the machine
+        self._hidden: dict[str, Profile] = {}  #: profiles of trials, by key, beside the catalog
+        self._successors: dict[str, Place] = {}  #: what waits for those whose old instance made room, by profile key
+        self._one_trial = asyncio.Lock()
         self._turn_ended: dict[str, float] = {}  #: when a profile last lost an instance to another one
         self._ran_out: dict[str, Resources] = {}  #: where the last load ran out of memory, until the next one is judged
         self._instances: dict[str, Instance] = {}  #: all whose process has not been reaped
@@ -131,11 +131,16 @@ class Lives:
         """Bring about what the picture calls for."""
         raise NotImplementedError
 
+    def profile(self, key: str) -> Profile | None:
+        """Return the profile with this key, hidden ones included."""
+        return self._hidden.get(key) or self.catalog.names.get(key)
+
     # -- starts --------------------------------------------------------------------------------------------------------
 
     def _spawn(self, decision: Spawn) -> None:
-        key, profile = decision.key, self.catalog.names[decision.key]
-        instance_id = f"{key.replace(':', '.').replace('/', '_')}-{next(self._serial)}"
+        key, profile = decision.key, self.profile(decision.key)
+        assert profile is not None, "the scheduler was told of it"
+        instance_id = f"{key.replace(':', '.').replace('/', '_').replace('#', '.')}-{next(self._serial)}"
         self._metrics.spawns_total += 1
         try:
             assignment = self.ledger.assignment(profile, decision.footprint)
@@ -235,7 +240,7 @@ class Lives:
         self._post(partial(self._apply_vetting, profile, complaint))
 
     def _apply_vetting(self, profile: Profile, complaint: MeshError | None) -> None:
-        if complaint is not None and self.catalog.names.get(profile.key) is profile:
+        if complaint is not None and self.profile(profile.key) is profile:
             kind = "engine" if isinstance(complaint, EngineMissingError) else "load"
             self._failed(profile, kind, complaint.message, (), 0.0)
 
@@ -307,6 +312,7 @@ class Lives:
                 if instance.timer is not None:
                     instance.timer.cancel()
                 del self._instances[instance.id]
+                instance.gone.set()
                 if instance.runner.pid is not None:
                     self.ledger.left(instance)
                     if self.telemetry is not None:
@@ -329,21 +335,10 @@ class Lives:
             self._metrics.hash(instance.profile.args_hash).used(usage.ram_mib, sum((usage.gpu_mib or {}).values()))
         for instance in self._instances.values():
             instance.footprint = self.ledger.charge(instance)
-            self._warn_of_excess(instance)
+            warn_of_excess(instance)
         if self.ledger.ghosts.all and self.telemetry is not None:
             self.telemetry.hurry()
         self.first_sample.set()
-
-    def _warn_of_excess(self, instance: Instance) -> None:
-        """Say once that *instance* uses clearly more than it was given: a figure in the cookbook is too low."""
-        if instance.live is None or instance.warned or instance.state is not State.READY:
-            return
-        given = instance.placed.mib
-        over = {k: mib for k, mib in instance.live.mib.items() if mib > given.get(k, 0) * 1.1 + EXCESS_MIB}
-        if over:
-            instance.warned = True
-            log.warning("an instance uses more memory than it was given; it is charged what it uses", over_mib=over,
-                        instance=instance.id, model=instance.profile.id, given=in_words(instance.placed))  # fmt: skip
 
     def footprints_changed(self) -> None:
         """What a profile needs is known now, or is known better."""

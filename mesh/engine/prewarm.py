@@ -28,6 +28,13 @@ class Prewarm:
             self.ready.set_exception(error)
 
 
+def unattended() -> Prewarm:
+    """Return one whose outcome nobody asks for: it is in the log."""
+    waiter = Prewarm(asyncio.get_running_loop().create_future())
+    waiter.ready.add_done_callback(lambda f: f.cancelled() or f.exception())
+    return waiter
+
+
 async def prewarm(admission: Admission, profile: Profile, *, wait: bool, deadline: float | None) -> str | None:
     """Start *profile* unless it runs. With *wait*, return the instance's id once it is ready; else None at once.
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from mesh.config.profile import Catalog, Profile
 from mesh.core.lifecycle import Event, State
@@ -18,9 +19,11 @@ from mesh.core.world import LIVE
 from mesh.engine.dispatcher import Dispatcher, Limits
 from mesh.engine.failures import FailureInfo
 from mesh.engine.holders import fit_of, memory_only
-from mesh.engine.instances import InstanceInfo, describe, launch_identity
+from mesh.engine.instances import ActiveLease, InstanceInfo, describe, launch_identity
 from mesh.engine.memory_report import ModelFit
 from mesh.engine.prewarm import Prewarm, prewarm
+from mesh.engine.replacement import mark_superseded
+from mesh.engine.trial import Guest, hidden, stay, visit
 from mesh.errors import DrainingError
 from mesh.host.logring import LogRing
 from mesh.logs import Log
@@ -70,7 +73,7 @@ class Supervisor(Dispatcher):
             self._ran_out.pop(key, None)
         self.catalog = catalog
         for instance in self._instances.values():
-            new = catalog.names.get(instance.profile.key)
+            new = self.profile(instance.profile.key)
             if new is None or not new.max_instances or launch_identity(new) != launch_identity(instance.profile):
                 instance.stale = True
             elif not instance.stale:
@@ -78,6 +81,15 @@ class Supervisor(Dispatcher):
                 instance.footprint = self.ledger.charge(instance)
         for key in {i.profile.key for i in self._instances.values()}:
             self._index(key)
+
+    def engines_changed(self) -> None:
+        """Look whether engines were replaced; what runs an old one is replaced in turn (``mesh.core.replacing``)."""
+        self._post(self._compare_engines)
+
+    def _compare_engines(self) -> None:
+        usual = [i for i in self._instances.values() if i.profile.key not in self._hidden]
+        for instance, engine in mark_superseded(usual, self._launcher):
+            self._trust.engine_replaced(instance.profile, engine.identity)
 
     async def prewarm(
         self, profile: Profile, *, wait: bool = True, deadline: float | None = None
@@ -88,10 +100,46 @@ class Supervisor(Dispatcher):
 
     def unload(self, key: str | None) -> int:
         """Drain the instances of *key* (all, if None); return how many were told to."""
+        for successor in [k for k in self._successors if key in (None, k)]:
+            self._successors.pop(successor).cancel()
         mine = [i for i in self._instances.values() if key in (None, i.profile.key) and i.state in LIVE]
         for instance in mine:
             self._post(partial(self._step, instance, Event.DRAIN))
         return len(mine)
+
+    @contextlib.asynccontextmanager
+    async def trial(self, profile: Profile, binary: Path | None) -> AsyncIterator[ActiveLease]:
+        """Hold a place in an instance of *profile*: of its usual engine, or else of one that runs *binary*.
+
+        The latter is started for this and stopped after it, under the rules of every other; one at a time. Raise the
+        refusal (a ``MeshError``) if it cannot be started, or if there is no room in time.
+        """
+        if binary is None:
+            async with visit(self, profile) as lease:
+                yield lease
+            return
+        async with stay(self, hidden(profile, binary)) as lease:
+            yield lease
+
+    async def hide(self, profile: Profile) -> None:
+        """See ``mesh.engine.trial.House``."""
+        await self._one_trial.acquire()
+        self._hidden[profile.key] = profile
+
+    async def forget(self, profile: Profile) -> None:
+        """See ``mesh.engine.trial.House``."""
+        key = profile.key
+        self.unload(key)
+        while mine := [i for i in self._instances.values() if i.profile.key == key]:
+            await mine[0].gone.wait()
+        self._post(partial(self._forget, key))
+
+    def _forget(self, key: str) -> None:
+        self._hidden.pop(key, None)
+        self._failures.forget(key)
+        self._turn_ended.pop(key, None)
+        self._ran_out.pop(key, None)
+        self._one_trial.release()
 
     def begin_drain(self) -> None:
         """Take no new requests; what waits and what runs is still served."""
@@ -101,7 +149,8 @@ class Supervisor(Dispatcher):
         self._closing = True
         self._closing_since = min(self._closing_since, self._loop.time())
         for place in self._queues.places():
-            if isinstance(place.waiter, Prewarm):  # else a load that nobody waits for would use up the grace (trap 16)
+            # else a load that nobody waits for would use up the grace (trap 16)
+            if isinstance(place.waiter, Prewarm | Guest):
                 self._queues.remove(place)
                 self._refuse(place, DrainingError("Node is draining for shutdown"))
 

@@ -41,14 +41,21 @@ class Trust:
         self._cleared: set[tuple[object, ...]] = set()
         self._failures: dict[tuple[object, ...], tuple[int, float]] = {}  #: how many in a row, and when the last one
         self._under_way: set[str] = set()
+        self._engines: dict[str, str] = {}  #: what runs a profile since its engine was replaced, by key
 
     def passed(self, profile: Profile) -> bool:
         """Whether *profile* may cost others their place."""
         identity = self._identity(profile)
         if identity in self._cleared:
             return True
+        if profile.key in self._engines:
+            return False  # what is known of its memory may still be of the engine before
         known = self._footprints.peek(profile)  # learned from an instance that ran with this very binary
         return known is not None and known.source is Source.LEARNED and identity not in self._failures
+
+    def engine_replaced(self, profile: Profile, identity: str) -> None:
+        """What is known of *profile* is not known of the engine that would run it now."""
+        self._engines[profile.key] = identity
 
     def under_way(self, profile: Profile) -> bool:
         return profile.key in self._under_way
@@ -81,7 +88,8 @@ class Trust:
     def _identity(self, profile: Profile) -> tuple[object, ...]:
         """Name the launch; a file or an engine that was replaced makes it another one."""
         known = self._footprints.peek(profile)
-        return (*launch_identity(profile), None if known is None else known.identity)
+        engine = self._engines.get(profile.key)
+        return (*launch_identity(profile), engine, None if known is None else known.identity)
 
     async def _vet(self, profile: Profile) -> None:
         complaint: MeshError | None = None

@@ -7,7 +7,17 @@ from functools import partial
 from inspect import signature
 from random import Random
 
-from tests.core import foresight, liveness, placement_rules, rules, test_scheduler, test_worked_case
+from tests.core import (
+    foresight,
+    liveness,
+    placement_rules,
+    replacing_rules,
+    rules,
+    test_draft,
+    test_replacing,
+    test_scheduler,
+    test_worked_case,
+)
 from tests.core.node_life import EVENTS, Life
 from tests.core.placement_rules import seeded_cases
 from tests.core.subject import Subject
@@ -43,9 +53,9 @@ def _plans(subject: Subject, number: int) -> Iterator[Try]:
             yield rule.__name__, partial(rule, plan, world)
         yield wakeups.__name__, partial(wakeups, plan, subject.next_wakeup, world)
         yield outlooks.__name__, partial(outlooks, subject.plan, subject.outlook, world)
-    served = liveness.everything_feasible_is_served
-    for world in seeded_worlds(number // 10, seed=11):
-        yield served.__name__, partial(served, subject.plan, world)
+    for at_last in (liveness.everything_feasible_is_served, replacing_rules.what_can_be_replaced_is):
+        for world in seeded_worlds(number // 10, seed=11):
+            yield at_last.__name__, partial(at_last, subject.plan, world)
 
 
 def _placements(subject: Subject, number: int) -> Iterator[Try]:
@@ -56,7 +66,7 @@ def _placements(subject: Subject, number: int) -> Iterator[Try]:
 
 def _cases(subject: Subject) -> Iterator[Try]:
     """The tests that take a planner."""
-    for module in (test_scheduler, test_worked_case):
+    for module in (test_scheduler, test_draft, test_replacing, test_worked_case):
         for name, test in vars(module).items():
             if name.startswith("test_") and list(signature(test).parameters) == ["planner"]:
                 yield name, partial(test, subject.plan)

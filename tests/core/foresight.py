@@ -25,7 +25,7 @@ def nothing_changes_before_the_wakeup(planner: Planner, wakeup: Wakeup, seen: Sn
 
 def the_outlook_is_what_the_plan_does(planner: Planner, foresee: Foresee, seen: Snapshot) -> None:
     """Ask for each model when nobody waits for anything: it goes where the outlook says, and the same have to go."""
-    calm = settled(replace(seen, demands=()), planner)
+    calm = settled(replace(seen, demands=(), replacing=frozenset()), planner)
     for key, r in calm.recipes.items():
         if r.need is None:
             continue
@@ -34,7 +34,7 @@ def the_outlook_is_what_the_plan_does(planner: Planner, foresee: Foresee, seen: 
         assert all(views[id_].key != key for id_ in looked.victims)
         assert looked.waits or not any(views[id_].active or views[id_].pinned for id_ in looked.victims)
         alive = any(i.key == key and i.state in LIVE and not i.stale for i in calm.instances)
-        if alive or r.failing or not r.max_instances or not r.vetted or r.ran_out is not None:
+        if alive or key in calm.replacing or r.failing or not r.max_instances or not r.vetted or r.ran_out is not None:
             continue
         decisions = planner(replace(calm, demands=(Demand(key, calm.now, slotted=1),))).decisions
         refused = any(isinstance(d, Refuse) for d in decisions)

@@ -7,9 +7,8 @@ from dataclasses import replace
 from mesh.core.placement import place
 from mesh.core.resources import Resources, total
 from mesh.core.world import Snapshot
-from tests.core.rules import available
 from tests.core.simulation import Simulation
-from tests.core.worlds import Planner
+from tests.core.worlds import Planner, available
 
 
 def everything_feasible_is_served(planner: Planner, world: Snapshot) -> None:
@@ -20,7 +19,7 @@ def everything_feasible_is_served(planner: Planner, world: Snapshot) -> None:
     recipes = {key: replace(r, failing=False) for key, r in world.recipes.items()}
     simulation = Simulation(replace(world, recipes=recipes), planner)
     waited_s = {d.key: world.now - max(d.since, 0.0) for d in world.demands}
-    requests = sum(d.slotted + d.free for d in world.demands)
+    requests = sum(d.slotted + d.free for d in world.demands) + sum(i.superseded for i in world.instances)
     simulation.run((2 + requests) * len(recipes) * turn_s(simulation))
     over = simulation.world
     pins = total(i.footprint for i in over.instances if i.pinned)

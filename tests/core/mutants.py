@@ -22,7 +22,7 @@ def _in(file: str, *edits: tuple[str, str, str]) -> tuple[Mutant, ...]:
 
 
 _MEMORY = _in(
-    "scheduler.py",
+    "draft.py",
     (
         "what stops is not counted",
         "owned = [i for i in self.world.instances if i.state is not State.STOPPED]",
@@ -47,7 +47,7 @@ _MEMORY = _in(
     ),
     (
         "a busy victim's memory is soon free",
-        "            if not i.active:\n                self.soon = self.soon",
+        "            if not self.in_use(i):\n                self.soon = self.soon",
         "            if True:\n                self.soon = self.soon",
     ),
     (
@@ -73,7 +73,6 @@ _MEMORY = _in(
     ("a big waiter reserves nothing", "in victims)\n            self.reserve(spot, soon=False)", "in victims)"),
     ("whoever was cleared away comes straight back", "                self.wait(cleared)\n", ""),
     ("it starts on an old figure", "if self.world.recipes[key].fresh:", "if True:"),
-    ("an idle one is forgotten when its queue empties", "    draft.retire()  # those", "    pass  # those"),
     (
         "nothing is reserved of the untouchable",
         "chosen = chosen or self.choose(need, self.others(key), self.future)",
@@ -88,7 +87,7 @@ _MEMORY = _in(
 )
 
 _VICTIMS = _in(
-    "scheduler.py",
+    "draft.py",
     (
         "a busy victim",
         "if i.state is State.READY and not i.active]\n        mine",
@@ -117,10 +116,6 @@ _VICTIMS = _in(
         "elif not recipe.vetted:\n            self.decisions += [] if recipe.vetting else [Vet(key)]\n",
         "elif False:\n            pass\n",
     ),
-    ("whoever had to go comes back first", "return max(demand.since, ended), ended", "return demand.since, ended"),
-    ("at a tie, too", "ended >= demand.since, demand.key", "ended < demand.since, demand.key"),
-    ("not the oldest first", "key=lambda d: turn(world, d)", "key=lambda d: d.key"),
-    ("whoever lost its instance is forgotten", "while starved := [d", "if starved := [d"),
     (
         "a load that ran out of memory waits for ever",
         "        return any(kinds & i.footprint.mib.keys() for i in ending)",
@@ -145,7 +140,7 @@ _VICTIMS = _in(
 )
 
 _SERVICE = _in(
-    "scheduler.py",
+    "draft.py",
     ("one beyond the slots", "if n < limit[id_]]", "if n <= limit[id_]]"),
     ("many beyond the slots", "if n + 1 < limit[id_]:", "if n < limit[id_]:"),
     ("a held one is admitted to", "and i.id not in self.held]\n        if not open_", "]\n        if not open_"),
@@ -161,6 +156,15 @@ _SERVICE = _in(
     ),
     ("the unknown size is refused", "if recipe.need is not None and place(", "if recipe.need is None or place("),
     ("a wanted one idles out", "if i.active or i.key in self.waiting or recipe.pinned", "if i.active or recipe.pinned"),
+)
+
+_ORDER = _in(
+    "scheduler.py",
+    ("an idle one is forgotten when its queue empties", "    draft.retire()  # those", "    pass  # those"),
+    ("whoever had to go comes back first", "return max(demand.since, ended), ended", "return demand.since, ended"),
+    ("at a tie, too", "ended >= demand.since, demand.key", "ended < demand.since, demand.key"),
+    ("not the oldest first", "key=lambda d: turn(world, d)", "key=lambda d: d.key"),
+    ("whoever lost its instance is forgotten", "while starved := [d", "if starved := [d"),
     (
         "nobody wakes at the end of a tenure",
         "        if waiting:\n            moments",
@@ -173,6 +177,81 @@ _SERVICE = _in(
         "(False, others), (True, others + pinned)",
     ),
 )
+
+_REPLACING = _in(
+    "replacing.py",
+    (
+        "all engines are replaced at once",
+        "if still_to_come(draft.world.replacing, draft.world.instances, waiting) or _under_way(draft):",
+        "if False:",
+    ),
+    (
+        "the next one begins while a successor loads beside",
+        "any(_has_successor(draft, key) for key in {i.key for i in old if i.state in LIVE})",
+        "False",
+    ),
+    (
+        "the next one begins while an old one drains",
+        "if any(i.state in GOING or i.id in draft.leaving for i in old):",
+        "if False:",
+    ),
+    (
+        "the next one begins before a successor is ready",
+        "if still_to_come(draft.world.replacing, draft.world.instances, waiting) or _under_way(draft):",
+        "if _under_way(draft):",
+    ),
+    ("an engine is replaced while somebody starves", "if not starved and _make_room", "if _make_room"),
+    (
+        "two copies that do not fit",
+        "spot = draft.room(recipe.need, draft.now, draft.soon, draft.future)",
+        "spot = draft.room(recipe.need, draft.soon, draft.future)",
+    ),
+    (
+        "a successor takes what another waits for",
+        "spot = draft.room(recipe.need, draft.now, draft.soon, draft.future)",
+        "spot = draft.room(recipe.need, draft.now)",
+    ),
+    ("a successor beside too many", " and len(draft.live(recipe.key)) <= recipe.max_instances", ""),
+    ("the old one stays", "if any(not i.superseded for i in ready):", "if False:"),
+    (
+        "the old one goes while its successor loads",
+        "if any(not i.superseded for i in ready):",
+        "if any(not i.superseded for i in draft.live(key)):",
+    ),
+    (
+        "an old one that loads goes too",
+        "[i for i in ready if i.superseded]",
+        "[i for i in draft.live(key) if i.superseded]",
+    ),
+    ("it goes for arguments nobody looked at", "if recipe.vetted:", "if True:"),
+    ("it is looked over again and again", "elif not recipe.vetting:", "else:"),
+    ("a failing successor is tried", " and draft.obstacle(recipe) is None:", ":"),
+    ("it goes on an old figure", "recipe.fresh and ", ""),
+    ("a load that ran out of memory is tried again and again", " and recipe.ran_out is None", ""),
+    ("two loads of a replaced model at once", "if ready and not loading and", "if ready and"),
+    (
+        "it goes though its successor has no room even then",
+        "if draft.room(recipe.need, *(view - i.footprint for view in (draft.now, draft.soon, draft.future))) is None:",
+        "if False:",
+    ),
+    ("the successor is not waited for", "competitor=recipe.key if alone else None", "competitor=None"),
+    ("it is waited for though others serve", "competitor=recipe.key if alone else None", "competitor=recipe.key"),
+    ("busy models are replaced first", "(draft.in_use(turn[1][-1]), turn", "(not draft.in_use(turn[1][-1]), turn"),
+    ("busy instances are replaced first", "(draft.in_use(i), i.idle", "(not draft.in_use(i), i.idle"),
+) + _in(
+    "draft.py",
+    (
+        "others go while the old one drains",
+        "elif key in self.world.replacing and (spot := self.room(need, self.future)) is not None:",
+        "elif False:",
+    ),
+    ("its room is not kept", "            self.reserve(spot, soon=False)  # that", "            pass  # that"),
+    ("one that was just admitted to counts as idle", "i.active > 0 or i.id in self.admitting", "i.active > 0"),
+) + _in(
+    "scheduler.py",
+    ("no engine is replaced", "    replace_next(draft, demands)\n", ""),
+    ("no replacement is finished", "    finish_replacements(draft)\n", ""),
+)  # fmt: skip
 
 _PLACEMENT = _in(
     "placement.py",
@@ -226,4 +305,4 @@ _WORLD = _in(
     ("what loads does not live", "frozenset({State.SPAWNING, State.READY})", "frozenset({State.READY})"),
 )
 
-MUTANTS = (*_MEMORY, *_VICTIMS, *_SERVICE, *_PLACEMENT, *_WORLD)
+MUTANTS = (*_MEMORY, *_VICTIMS, *_SERVICE, *_ORDER, *_REPLACING, *_PLACEMENT, *_WORLD)

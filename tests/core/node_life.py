@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from mesh.core.lifecycle import State
 from mesh.core.placement import gpu_kinds
 from mesh.core.resources import Resources
-from mesh.core.world import Admit, InstanceView, Recipe, Snapshot, Spawn
+from mesh.core.world import LIVE, Admit, InstanceView, Recipe, Snapshot, Spawn
 from tests.core.liveness import everything_feasible_is_served
 from tests.core.rules import RULES
 from tests.core.simulation import apply, arrived, ended, gone, loaded
-from tests.core.worlds import KEYS, Pick, Planner, make_foreign, make_need, make_recipe, remembering
+from tests.core.worlds import KEYS, Pick, Planner, forgetting, make_foreign, make_need, make_recipe, remembering
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Life:
         """Plan until at rest, as the supervisor does: once, and again after admissions while somebody waits."""
         admitted = True
         while admitted:
-            before, planner = self.world, remembering(self.planner)
+            before, planner = forgetting(self.world), remembering(self.planner)
             for rule in RULES:
                 rule(planner, before)
             decisions = planner(before).decisions
@@ -119,6 +119,15 @@ class Life:
             self.world = replace(self.world, recipes={k: r for k, r in self.world.recipes.items() if k != key})
             self._outdate(key)
 
+    def an_engine_is_replaced(self, pick: Pick) -> None:
+        """Of all models or of one; or the old one is back, and what ran it all the time is up to date again."""
+        key, back = KEYS[pick(0, 3)] if pick(0, 1) else None, pick(0, 3) == 0
+        instances = [
+            replace(i, superseded=not back) if i.state in LIVE and key in (None, i.key) else i
+            for i in self.world.instances
+        ]
+        self.world = replace(self.world, instances=instances)
+
     def back_offs_end(self, pick: Pick) -> None:
         recipes = {key: replace(r, failing=False) for key, r in self.world.recipes.items()}
         self.world = replace(self.world, recipes=recipes)
@@ -170,6 +179,7 @@ _COMMON = ("requests_arrive", "a_request_ends", "a_load_finishes", "a_stopped_pr
 _RARE = (
     "clients_leave", "a_load_fails", "a_load_runs_out_of_memory", "a_process_crashes", "vetting_ends",
     "a_profile_changes", "a_size_becomes_known", "a_size_is_learned", "a_profile_vanishes", "back_offs_end",
+    "an_engine_is_replaced",
     "others_use_memory", "others_free_memory", "a_limit_changes_or_a_gpu_is_lost",
 )  # fmt: skip
 EVENTS = _COMMON * 3 + _RARE

@@ -12,7 +12,6 @@ from mesh.core.world import (
     LIVE,
     Admit,
     Drain,
-    InstanceView,
     Reason,
     Recipe,
     Refusal,
@@ -21,19 +20,12 @@ from mesh.core.world import (
     Spawn,
     Vet,
 )
+from tests.core.replacing_rules import RULES as REPLACING_RULES
+from tests.core.replacing_rules import is_replacement
 from tests.core.simulation import apply, settled
-from tests.core.worlds import Planner
+from tests.core.worlds import Planner, available, ending, living, owned, staying
 
 Rule = Callable[[Planner, Snapshot], None]
-
-
-def owned(world: Snapshot) -> Resources:
-    return total(i.footprint for i in world.instances if i.state is not State.STOPPED)
-
-
-def available(world: Snapshot) -> dict[str, int]:
-    """What the node's own instances may use now, worked out anew: the limit less what others take (trap 42)."""
-    return {kind: limit - world.foreign.mib.get(kind, 0) for kind, limit in world.capacity.mib.items()}
 
 
 def never_over_budget(planner: Planner, world: Snapshot) -> None:
@@ -66,9 +58,13 @@ def holds_only_after_tenure(planner: Planner, world: Snapshot) -> None:
 
 
 def admits_only_where_it_may(planner: Planner, world: Snapshot) -> None:
-    """Trap 37: never beyond an instance's slots, never to one that is held, drained, loading or outdated."""
+    """Trap 37: never beyond an instance's slots, never to one that is held, drained, loading or outdated.
+
+    One that makes way for its successor may get the last of its requests in the same plan.
+    """
     result = planner(world)
-    drained = {d.instance for d in result.decisions if isinstance(d, Drain)}
+    replaced = {d.instance for d in result.decisions if isinstance(d, Drain) and is_replacement(world, d)}
+    drained = {d.instance for d in result.decisions if isinstance(d, Drain)} - replaced
     by_id = {i.id: i for i in world.instances}
     for d in result.decisions:
         if isinstance(d, Admit):
@@ -126,7 +122,7 @@ def refuses_only_the_impossible(planner: Planner, world: Snapshot) -> None:
                 Refusal.UNKNOWN: recipe is None,
             }
             assert impossible[d.refusal]
-            assert not _live(world, d.key)
+            assert not living(world, d.key)
 
 
 def the_impossible_is_refused(planner: Planner, world: Snapshot) -> None:
@@ -134,7 +130,7 @@ def the_impossible_is_refused(planner: Planner, world: Snapshot) -> None:
     refused = {d.key for d in planner(world).decisions if isinstance(d, Refuse)}
     for d in world.demands:
         recipe = world.recipes.get(d.key)
-        if not _live(world, d.key) and (recipe is None or recipe.failing or too_large(recipe, world)):
+        if not living(world, d.key) and (recipe is None or recipe.failing or too_large(recipe, world)):
             assert d.key in refused
 
 
@@ -145,10 +141,10 @@ def one_spawn_at_a_time(planner: Planner, world: Snapshot) -> None:
     drained = {d.instance for d in decisions if isinstance(d, Drain)}
     assert len(spawned) == len(set(spawned))
     for key in spawned:
-        mine = [i for i in world.instances if i.key == key and i.state in LIVE and not i.stale]
-        live = [i for i in mine if i.id not in drained]
+        live = [i for i in living(world, key) if i.id not in drained]
         assert not any(i.state is State.SPAWNING for i in live)
-        assert len(live) < world.recipes[key].max_instances
+        successor = any(i.superseded for i in live)  # of which it takes the place
+        assert len(live) < world.recipes[key].max_instances + successor
         assert not world.recipes[key].failing
 
 
@@ -158,7 +154,7 @@ def nobody_leaves_for_what_has_no_room(planner: Planner, world: Snapshot) -> Non
         if isinstance(d, Drain) and d.reason is Reason.ROOM:
             need = world.recipes[d.competitor or ""].need
             assert need is not None
-            assert place(need, Resources(available(world)), _staying(world)) is not None
+            assert place(need, Resources(available(world)), staying(world)) is not None
 
 
 def nobody_comes_straight_back(planner: Planner, world: Snapshot) -> None:
@@ -170,7 +166,7 @@ def nobody_comes_straight_back(planner: Planner, world: Snapshot) -> None:
         if isinstance(d, Drain) and d.reason is Reason.ROOM and (again := spawned.get(by_id[d.instance].key)):
             need = world.recipes[d.competitor or ""].need
             assert need is not None
-            assert place(need, Resources(available(world)), _staying(world) + again) is not None
+            assert place(need, Resources(available(world)), staying(world) + again) is not None
 
 
 def no_spare_victim(planner: Planner, world: Snapshot) -> None:
@@ -186,7 +182,7 @@ def no_spare_victim(planner: Planner, world: Snapshot) -> None:
     if recipe.ran_out is not None or [r.key for r in _starved(planner, world)][:1] != [recipe.key]:
         return  # it gets all that idles there; or others reserved memory before it
     gone = {d.instance for d in drains if not by_id[d.instance].active}  # a busy one may take its time
-    staying = total(i.footprint for i in world.instances if i.id not in gone and not _ending(i))
+    staying = total(i.footprint for i in world.instances if i.id not in gone and not ending(i))
     assert recipe.need is not None
     for spare in rooms:
         kept = staying + by_id[spare.instance].footprint
@@ -215,7 +211,7 @@ def only_the_vetted_displace(planner: Planner, world: Snapshot) -> None:
             assert recipe.vetted
             assert not recipe.failing
             assert recipe.need is not None
-            assert not _live(world, recipe.key) or any(by_id[x].key == recipe.key for x in drained)
+            assert not living(world, recipe.key) or any(by_id[x].key == recipe.key for x in drained)
     sound = [r for r in map(world.recipes.get, {d.key for d in world.demands}) if r and r.vetted and r.need is not None]
     assert sound or not result.held
 
@@ -229,7 +225,8 @@ def looks_over_only_what_needs_it(planner: Planner, world: Snapshot) -> None:
             assert not recipe.vetted
             assert not recipe.vetting
             assert recipe.need is not None
-            assert recipe in _starved(planner, world)
+            old = any(i.superseded for i in living(world, d.key))  # it would have to go for its successor
+            assert old or recipe in _starved(planner, world)
             assert d.key not in {x.key for x in result.decisions if isinstance(x, Spawn)}
 
 
@@ -266,7 +263,7 @@ def after_running_out_of_memory_it_gets_all_that_idles_there(planner: Planner, w
             continue  # the profile changed: it may not go there any more
         where = gpu_kinds(recipe.ran_out) or [RAM, VRAM]
         bound = replace(recipe.need, gpus=tuple(where), all_gpus=True) if RAM not in where else recipe.need
-        if place(bound, Resources(available(world)), _staying(world)) is None:
+        if place(bound, Resources(available(world)), staying(world)) is None:
             continue  # somebody took those GPUs for good: it goes elsewhere
         if set(gpu_kinds(d.footprint)) != set(gpu_kinds(recipe.ran_out)):
             continue  # there is no room there yet, and elsewhere there is
@@ -281,10 +278,15 @@ def after_running_out_of_memory_it_gets_all_that_idles_there(planner: Planner, w
 
 
 def an_old_figure_only_delays_the_start(planner: Planner, world: Snapshot) -> None:
-    """Who waits keeps its turn, its hold and its room while its size is looked up again; nothing else changes."""
+    """Who waits keeps its turn, its hold and its room while its size is looked up again; nothing else changes.
+
+    But for replacements: nobody waits for those.
+    """
     old = replace(world, recipes={key: replace(r, fresh=False) for key, r in world.recipes.items()})
     before, result = planner(world), planner(old)
-    assert result.decisions == tuple(d for d in before.decisions if not isinstance(d, Spawn))
+    assert result.decisions == tuple(
+        d for d in before.decisions if not (isinstance(d, Spawn) or is_replacement(world, d))
+    )
     assert result.held == before.held
 
 
@@ -314,23 +316,10 @@ def the_stale_retire(planner: Planner, world: Snapshot) -> None:
 def _starved(planner: Planner, world: Snapshot) -> list[Recipe]:
     """Return the profiles that wait without an instance and were not refused, the oldest (since their turn) first."""
     refused = {d.key for d in planner(world).decisions if isinstance(d, Refuse)}
-    waiting = [d for d in world.demands if d.key not in refused and not _live(world, d.key)]
+    waiting = [d for d in world.demands if d.key not in refused and not living(world, d.key)]
     had = {d.key: world.recipes[d.key].turn_ended for d in waiting}
     waiting.sort(key=lambda d: (max(d.since, had[d.key]), had[d.key] >= d.since, d.key))
     return [world.recipes[d.key] for d in waiting]
-
-
-def _staying(world: Snapshot) -> Resources:
-    """Return what never leaves for anybody."""
-    return total(i.footprint for i in world.instances if i.pinned and not i.stale and i.state in LIVE)
-
-
-def _live(world: Snapshot, key: str) -> bool:
-    return any(i.key == key and i.state in LIVE and not i.stale for i in world.instances)
-
-
-def _ending(i: InstanceView) -> bool:
-    return i.state is State.STOPPING or (i.state is State.DRAINING and not i.active)
 
 
 RULES: tuple[Rule, ...] = (
@@ -355,4 +344,5 @@ RULES: tuple[Rule, ...] = (
     after_running_out_of_memory_it_gets_all_that_idles_there,
     only_stale_or_idle_retire,
     the_stale_retire,
+    *REPLACING_RULES,
 )

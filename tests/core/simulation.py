@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from mesh.core.lifecycle import State
+from mesh.core.replacing import makes_room
 from mesh.core.scheduler import next_wakeup
 from mesh.core.world import Admit, Demand, Drain, InstanceView, Plan, Reason, Refuse, Snapshot, Spawn, Vet
-from tests.core.worlds import Planner
+from tests.core.worlds import Planner, forgetting
 
 
 def apply(world: Snapshot, plan: Plan) -> Snapshot:
     """Return the world right after the supervisor carried *plan* out."""
     instances = {i.id: i for i in world.instances}
     demands = {d.key: d for d in world.demands}
-    recipes = dict(world.recipes)
+    recipes, replacing = dict(world.recipes), world.replacing
     for decision in plan.decisions:
         match decision:
             case Admit(instance=id_, key=key, slotted=slotted, free=free):
@@ -27,8 +28,11 @@ def apply(world: Snapshot, plan: Plan) -> Snapshot:
                 new = next(id_ for n in count() if (id_ := f"new{n}@{world.now:g}") not in instances)
                 pinned = recipes[key].pinned
                 instances[new] = InstanceView(new, key, State.SPAWNING, footprint, fresh=True, pinned=pinned)
-            case Drain(instance=id_, reason=reason):
+            case Drain(instance=id_, reason=reason, competitor=competitor):
                 i = instances[id_]
+                if competitor == i.key:  # its successor is waited for
+                    old = demands.get(i.key) or Demand(i.key, world.now)
+                    demands[i.key], replacing = replace(old, free=old.free + 1), replacing | {i.key}
                 if reason is Reason.ROOM and i.key in recipes:
                     recipes[i.key] = replace(recipes[i.key], turn_ended=world.now)
                 idle = not i.active or i.state is State.SPAWNING
@@ -38,7 +42,8 @@ def apply(world: Snapshot, plan: Plan) -> Snapshot:
             case Vet(key=key):
                 recipes[key] = replace(recipes[key], vetting=True)
     left = [d for d in demands.values() if d.slotted or d.free]
-    return replace(world, instances=list(instances.values()), demands=left, recipes=recipes)
+    after = replace(world, instances=list(instances.values()), demands=left, recipes=recipes, replacing=replacing)
+    return forgetting(after)
 
 
 def settled(world: Snapshot, planner: Planner) -> Snapshot:
@@ -116,13 +121,22 @@ class Simulation:
         empty = replace(self.world, instances=[], recipes={})
         self._watch(empty)
 
-    def run(self, seconds: float, arrivals: Callable[[float], list[tuple[str, int]]] | None = None) -> None:
+    def run(
+        self,
+        seconds: float,
+        arrivals: Callable[[float], list[tuple[str, int]]] | None = None,
+        *,
+        until_rest: bool = False,
+    ) -> None:
+        """Until nobody waits; or, with *until_rest*, until nothing happens any more."""
         end = self.world.now + seconds
-        while self.world.now < end and (arrivals or self.world.demands):
+        while self.world.now < end:
             for key, number in arrivals(self.world.now) if arrivals else []:
                 self.world = arrived(self.world, key, number)
                 self._line.setdefault(key, []).extend([self.world.now] * number)
             self._plan()
+            if not (arrivals or self.world.demands or (until_rest and self._due)):
+                return
             later = self.world.now + 0.5 if arrivals else self._next()
             if later is None:
                 return
@@ -135,7 +149,8 @@ class Simulation:
         return min([when for when, _, _ in self._due] + ([] if wakeup is None else [wakeup]), default=None)
 
     def _plan(self) -> None:
-        before, result = self.world, self.planner(self.world)
+        before = forgetting(self.world)
+        result = self.planner(before)
         for d in before.demands:
             unserved_since = max(d.since, self._served.get(d.key, d.since))
             self.waits[d.key] = max(self.waits.get(d.key, 0.0), before.now - unserved_since)
@@ -145,6 +160,8 @@ class Simulation:
                 self._served[x.key] = before.now
             elif isinstance(x, Refuse):
                 del self._line[x.key]
+            elif isinstance(x, Drain) and makes_room(x):
+                self._line.setdefault(x.competitor or "", []).append(before.now)
         after = apply(before, result)
         self.world = replace(after, demands=[replace(d, since=self._line[d.key][0]) for d in after.demands])
         self.swaps += sum(isinstance(x, Spawn) for x in result.decisions)

@@ -10,13 +10,26 @@ from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import Any
 
-from mesh.core import placement, scheduler, world
+from mesh.core import draft, placement, replacing, scheduler, world
 from mesh.core.world import Outlook, Plan, Recipe, Snapshot
 from tests.core.mutants import Mutant
 from tests.core.placement_rules import Placer
 from tests.core.worlds import Planner
 
-SOURCES = {"scheduler.py": scheduler, "placement.py": placement, "world.py": world}
+SOURCES = {
+    "world.py": world,
+    "placement.py": placement,
+    "draft.py": draft,
+    "replacing.py": replacing,
+    "scheduler.py": scheduler,
+}
+#: What they import of each other, but for the types of values: the edited functions take and give the real ones.
+SHARED = {
+    "world.py": ("LIVE", "GOING"),
+    "placement.py": ("place", "gpu_kinds"),
+    "draft.py": ("Draft",),
+    "replacing.py": ("finish_replacements", "replace_next"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +43,14 @@ class Subject:
 
 
 def broken(mutant: Mutant) -> Subject:
-    """Return the functions with *mutant*'s edit. They take and give the real types."""
+    """Return the functions with *mutant*'s edit."""
     edited = {file: _module(file, mutant) for file in SOURCES}
     mind = edited["scheduler.py"]
-    for file in ("placement.py", "world.py"):  # its imports are of the real ones
-        for name, value in vars(edited[file]).items():
-            if name in vars(mind) and not name.startswith("__") and not isinstance(value, type):
-                setattr(mind, name, value)
+    for source, names in SHARED.items():
+        for file, user in edited.items():  # its imports are of the real ones
+            for name in names if file != source else ():
+                if name in vars(user):
+                    setattr(user, name, vars(edited[source])[name])
 
     def seen(snapshot: Snapshot) -> Any:
         """With the edited properties."""

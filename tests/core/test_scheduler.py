@@ -281,44 +281,6 @@ def test_who_waits_for_a_look_waits_for_nobody_else(planner: Planner) -> None:
         assert planner(w).held == frozenset()
 
 
-def test_a_load_that_ran_out_of_memory_gets_all_that_idles_there(planner: Planner) -> None:
-    """Trap 46: the ledger said that it fits, so it is not asked how much has to go; and the exits are waited for."""
-    w = replace(idle_pair(ran_out=MIB(vram_mib=5)), capacity=MIB(vram_mib=90))
-    assert planner(w).decisions == (Drain("a1", Reason.ROOM, "c"), Drain("b1", Reason.ROOM, "c"))
-    leaving = apply(w, planner(w))
-    assert planner(leaving).decisions == ()
-    assert planner(replace(leaving, instances=())).decisions == (Spawn("c", MIB(vram_mib=5)),)
-
-
-def two_gpus(*instances: InstanceView, foreign: Resources | None = None, **recipes: Recipe) -> Snapshot:
-    gpus = Resources({"gpu0": 14, "gpu1": 10})
-    return Snapshot(NOW, gpus, recipes, instances, (Demand("a", NOW, 1),), foreign or Resources())
-
-
-def test_the_retry_goes_to_the_gpus_that_were_cleared(planner: Planner) -> None:
-    where = Resources({"gpu1": 5, "vram": 5})
-    elsewhere = ready("b1", "b", 0, footprint=Resources({"gpu0": 4, "vram": 4}))
-    w = two_gpus(elsewhere, a=recipe("a", 5, ran_out=where), b=recipe("b", 4))
-    assert planner(w).decisions == (Spawn("a", where),)
-
-
-def test_the_retry_goes_elsewhere_if_those_gpus_are_taken_for_good(planner: Planner) -> None:
-    ran_out = recipe("a", 5, ran_out=Resources({"gpu1": 5, "vram": 5}))
-    pinned = ready("b1", "b", 0, footprint=Resources({"gpu1": 8, "vram": 8}), pinned=True)
-    there = (Spawn("a", Resources({"gpu0": 5, "vram": 5})),)
-    assert planner(two_gpus(pinned, a=ran_out, b=recipe("b", 8, pinned=True))).decisions == there
-    assert planner(two_gpus(a=ran_out, foreign=Resources({"gpu1": 8}))).decisions == there
-    lost = replace(two_gpus(a=ran_out), capacity=Resources({"gpu0": 14}))
-    assert planner(lost).decisions == there
-
-
-def test_nobody_goes_for_a_retry_that_has_no_room(planner: Planner) -> None:
-    ran_out = recipe("a", 9, ran_out=Resources({"gpu1": 9, "vram": 9}))
-    idle = ready("b1", "b", 0, footprint=Resources({"gpu1": 2, "vram": 2}))
-    taken = Resources({"gpu0": 12, "gpu1": 5})
-    assert planner(two_gpus(idle, a=ran_out, b=recipe("b", 2), foreign=taken)).decisions == ()
-
-
 def test_who_had_its_turn_comes_after_the_competitor_of_the_same_moment(planner: Planner) -> None:
     stopping = ready("a1", "a", 8, state=State.STOPPING)
     demands = (Demand("a", NOW - 50, 1), Demand("b", NOW - 1, 1))

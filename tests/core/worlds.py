@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from mesh.core.lifecycle import State
 from mesh.core.placement import Need, gpu_kinds, place
-from mesh.core.resources import RAM, VRAM, Resources
-from mesh.core.world import Demand, InstanceView, Plan, Recipe, Snapshot
+from mesh.core.replacing import still_to_come
+from mesh.core.resources import RAM, VRAM, Resources, total
+from mesh.core.world import LIVE, Demand, InstanceView, Plan, Recipe, Snapshot
 
 Planner = Callable[[Snapshot], Plan]
 Pick = Callable[[int, int], int]  #: a source of integers between two: Hypothesis or a seeded Random
@@ -83,6 +84,7 @@ def make_instance(pick: Pick, id_: str, recipe: Recipe, footprint: Resources) ->
         fresh=serving and not active and pick(0, 2) == 0,
         stale=pick(0, 7) == 0,
         pinned=recipe.pinned,
+        superseded=pick(0, 4) == 0,
     )  # fmt: skip
 
 
@@ -109,7 +111,38 @@ def make_world(pick: Pick) -> Snapshot:
         Demand(k, NOW - pick(0, 60), slotted=pick(0, 4), free=pick(0, 2)) for k in keys if pick(0, 2)
     ]  # fmt: skip
     waiting = [d for d in demands if d.slotted or d.free]
-    return Snapshot(NOW, capacity, recipes, instances, waiting, make_foreign(pick, capacity))
+    world = Snapshot(NOW, capacity, recipes, instances, waiting, make_foreign(pick, capacity))
+    made_way = frozenset(d.key for d in waiting if d.free and pick(0, 2) == 0)
+    return forgetting(replace(world, replacing=made_way))
+
+
+def forgetting(world: Snapshot) -> Snapshot:
+    """Return *world* as the supervisor tells it: successors that are ready or given up are not awaited any more."""
+    waiting = {d.key for d in world.demands}
+    return replace(world, replacing=still_to_come(world.replacing, world.instances, waiting))
+
+
+def owned(world: Snapshot) -> Resources:
+    return total(i.footprint for i in world.instances if i.state is not State.STOPPED)
+
+
+def available(world: Snapshot) -> dict[str, int]:
+    """What the node's own instances may use now, worked out anew: the limit less what others take (trap 42)."""
+    return {kind: limit - world.foreign.mib.get(kind, 0) for kind, limit in world.capacity.mib.items()}
+
+
+def staying(world: Snapshot) -> Resources:
+    """Return what never leaves for anybody."""
+    return total(i.footprint for i in world.instances if i.pinned and not i.stale and i.state in LIVE)
+
+
+def ending(i: InstanceView) -> bool:
+    return i.state is State.STOPPING or (i.state is State.DRAINING and not i.active)
+
+
+def living(world: Snapshot, key: str) -> list[InstanceView]:
+    """Return the instances of *key* that serve it, or will."""
+    return [i for i in world.instances if i.key == key and i.state in LIVE and not i.stale]
 
 
 def make_foreign(pick: Pick, capacity: Resources) -> Resources:

@@ -15,9 +15,10 @@ from mesh.core.resources import Resources
 from mesh.engine.assignment import Assignment
 from mesh.engine.lease import Endpoint, Lease, Ticket
 from mesh.engine.ledger import Footprints
+from mesh.engine.locate import EngineBinary
 from mesh.engine.runner import Exited, Healthy, Report
 from mesh.engine.supervisor import Limits, Supervisor
-from mesh.errors import MeshError
+from mesh.errors import EngineMissingError, MeshError
 from mesh.host.logring import LogRing
 from mesh.metrics import Metrics
 
@@ -29,6 +30,11 @@ def profile(name: str, vram_mib: int = 0, **more: object) -> Profile:
 
 def catalog(*profiles: Profile) -> Catalog:
     return Catalog(profiles, {p.key: p for p in profiles})
+
+
+def engine(name: str) -> EngineBinary:
+    """A llama-server of that version; another name, another file."""
+    return EngineBinary((f"/{name}/llama-server",), name, "configured", identity=name)
 
 
 @dataclass(eq=False)
@@ -46,6 +52,7 @@ class FakeRunner:
     pid: int | None = 4711
     command: tuple[str, ...] = ("llama-server",)
     start_error: Exception | None = None
+    engine: EngineBinary | None = None
 
     def start(self) -> None:
         if self.start_error is not None:
@@ -82,6 +89,12 @@ class FakeLauncher:
     complaint: str | None = None
     vet_error: MeshError | None = None
     pid: int | None = 4711
+    engines: dict[str | None, EngineBinary] = field(default_factory=lambda: {None: engine("one")})  #: by path
+
+    def engine(self, profile: Profile) -> EngineBinary:
+        if (found := self.engines.get(profile.engine_path)) is None:
+            raise EngineMissingError("no such engine")
+        return found
 
     async def vet(self, profile: Profile) -> str | None:
         self.vetted.append(profile.key)
@@ -102,8 +115,11 @@ class FakeLauncher:
         self.assignments.append(assignment)
         endpoint = Endpoint(instance_id, profile, "127.0.0.1", 1000 + len(self.started))
         self.started.append(
-            FakeRunner(instance_id, profile, report, endpoint, start_error=self.start_error, pid=self.pid)
-        )
+            FakeRunner(
+                instance_id, profile, report, endpoint, start_error=self.start_error, pid=self.pid,
+                engine=self.engines.get(profile.engine_path),
+            )
+        )  # fmt: skip
         return self.started[-1]
 
     def __getitem__(self, n: int) -> FakeRunner:
