@@ -8,6 +8,8 @@
         - ``QueueFullError``, ``QueueTimeoutError``, ``DrainingError``, ``TooLargeError`` (never fits: no retry)
     - ``InstanceError``      a child process could not be started, never became healthy, or died
     - ``EngineMissingError`` no llama-server to run
+    - ``BuildError``         a build of llama.cpp failed or was rejected; what ran before runs on
+        - ``BuildBusyError``    another one is in progress
     - ``PeerError``          another node could not be reached, or broke off
         - ``LinkError``         its link: handshake, framing, silence
         - ``UntrustedPeerError`` it is not who we trust (operator: ``llama-mesh keys``)
@@ -18,7 +20,7 @@ escapes is a bug and answered 500. ``mesh.api.responses`` holds the one table th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -162,6 +164,34 @@ class EngineMissingError(InstanceError):
 
     type = "engine_missing"
     source = "mesh"
+
+
+class BuildError(MeshError):
+    """A build of llama.cpp failed or was rejected; the engine that ran before is still in force.
+
+    ``exit_status`` is that of the command that failed (negative: the signal), ``log_tail`` its last lines.
+    """
+
+    type = "build_failed"
+
+    def __init__(self, message: str, *, exit_status: int | None = None, log_tail: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+        self.log_tail = tuple(log_tail)
+
+
+class BuildBusyError(BuildError):
+    """A build is in progress, here or in another process that shares the build directory."""
+
+    status = 409
+    type = "conflict"
+
+
+class UnknownBuildError(RequestError):
+    """No build has that name, or there is nothing to go back to."""
+
+    status = 404
+    type = "build_not_found"
 
 
 class PeerError(MeshError):
