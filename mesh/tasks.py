@@ -22,6 +22,11 @@ def wall_time() -> float:
     return datetime.now(UTC).timestamp()
 
 
+def rfc3339(wall: float | None) -> str | None:
+    """Return a wall time as text in UTC, as JSON has it."""
+    return None if wall is None else datetime.fromtimestamp(wall, UTC).isoformat()
+
+
 def spawn(coro: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
     """Start *coro* as a task called *name*; the loop holds tasks weakly, so a reference is kept until it ends.
 

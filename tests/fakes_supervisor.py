@@ -34,6 +34,10 @@ class FakeInstance:
     memory: Resources = field(default_factory=lambda: Resources.of(ram_mib=512))
     command: tuple[str, ...] = ("llama-server", "-m", "a.gguf")
     stale: bool = False
+    engine_version: str | None = "b123"
+    engine_build: str = "default"
+    engine_path: str = "/opt/llama/llama-server"
+    superseded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

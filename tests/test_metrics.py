@@ -74,6 +74,8 @@ def busy_metrics() -> Metrics:
     model.tokens_generated_total, model.tokens_prompt_total = 500, 40
     for latency_s in (0.5, 1.0, 2.0):
         model.observe(latency_s, 0.1)
+    metrics.build_ended("default", "installed", duration_s=492.0)
+    metrics.build_ended("default", "unchanged")
     return metrics
 
 
@@ -97,6 +99,15 @@ def test_the_snapshot_has_all_of_llameshs_keys() -> None:
     assert (resources["llamesh_vram_mb"], resources["effective_sysmem_mb"]) == (50, 100)
     assert (resources["max_vram_mb"], resources["max_sysmem_mb"]) == (None, 1000)
     assert resources["active_instances"] == 2
+
+
+def test_builds_are_told_with_llameshs_names() -> None:
+    """Compatibility contract, llamesh-config.md 9.10: RFC 3339."""
+    gauges = Gauges(is_building=True, last_build_error="cmake failed", last_build_at_wall=1_700_000_000.0)
+    found = as_json(Metrics(), gauges)
+    assert (found["is_building"], found["last_build_error"]) == (True, "cmake failed")
+    assert found["last_build_at"] == "2023-11-14T22:13:20+00:00"
+    assert as_json(Metrics())["last_build_at"] is None
 
 
 def test_a_hash_sums_its_names_and_counts_latency_once() -> None:
@@ -153,7 +164,13 @@ async def test_counters_continue_after_a_restart(tmp_path: Path) -> None:
         assert new[name] == old[name]
     old["hashes"]["abc"]["p95_latency_ms"] = 0  # a gauge over recent requests: it starts anew
     assert new["hashes"] == old["hashes"]
+    assert new["builds"] == {"default": {"outcomes": {"installed": 1, "unchanged": 1}, "last_duration_s": 492.0}}
     assert after.current_requests == 0
+    after.build_ended("default", "unchanged")
+    assert as_json(after)["builds"]["default"] == {
+        "outcomes": {"installed": 1, "unchanged": 2},
+        "last_duration_s": 492.0,
+    }
     model = after.model("abc", "smol")
     model.requests_total += 1
     model.observe(1.0, 0.1)
@@ -195,9 +212,13 @@ def test_a_broken_file_is_a_warning_and_counters_start_at_0(
 
 def test_negative_and_missing_values_are_tolerated(tmp_path: Path) -> None:
     path = tmp_path / "node-metrics.json"
-    path.write_text('{"requests_total": -5, "hashes": {"a": {"display_names": ["x"], "requests_total": -1}}}')
+    path.write_text(
+        '{"requests_total": -5, "hashes": {"a": {"display_names": ["x"], "requests_total": -1}},'
+        ' "builds": {"default": {"outcomes": {"failed": -2}}}}'
+    )
     metrics = Metrics()
     assert metrics.restore(path)
+    assert as_json(metrics)["builds"] == {"default": {"outcomes": {"failed": 0}, "last_duration_s": None}}
     assert metrics.requests_total == 0
     assert metrics.model("a", "x").requests_total == 0
 

@@ -43,7 +43,18 @@ class NotAPeerError(RequestError):
 GOSSIP_PATH: Final = "/cluster/gossip"
 #: What members of the mesh may use on their links; a client's key is never passed on (trap 102).
 PEER_PATHS: Final = frozenset(
-    {GOSSIP_PATH, "/admin/prewarm", "/admin/unload", "/admin/drain", "/admin/undrain", "/health"}
+    {
+        GOSSIP_PATH,
+        "/health",
+        "/admin/prewarm",
+        "/admin/unload",
+        "/admin/drain",
+        "/admin/undrain",
+        "/admin/rebuild-llama",
+        "/admin/rebuild-llama/cancel",
+        "/admin/rollback-llama",
+        "/admin/builds",
+    }
 )
 PUBLIC_PATHS: Final = frozenset({"/health", "/healthz", "/readyz", "/version"})
 _ADMIN_PREFIX: Final = "/admin/"

@@ -6,8 +6,6 @@ Prewarm and unload answer in llamesh's shape (``status``, ``message``); failures
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -17,21 +15,17 @@ from starlette.routing import Route
 from mesh.api.access import peer_of
 from mesh.api.budget import budget_entry, memory_entry
 from mesh.api.context import InstanceView, NodeContext
+from mesh.api.elsewhere import call_node, here_or_there
 from mesh.api.log_stream import LogStream
-from mesh.api.request_scope import json_object, unless_client_leaves
-from mesh.api.responses import error_response
+from mesh.api.request_scope import flag_of
 from mesh.core.resources import Resources
 from mesh.engine.memory_report import Holder
-from mesh.errors import DrainedError, DrainingError, MeshError, NoNodeError, RequestError, UnknownModelError
+from mesh.errors import DrainedError, DrainingError, NoNodeError, RequestError, UnknownModelError
 from mesh.logs import Log
 
 _log = Log(__name__)
 
 _MAX_TAIL_LINES: Final = 10_000
-#: How long another node may take for what does not wait for a model.
-_CALL_S: Final = 30.0
-
-Handler = Callable[[Request, dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 def routes(ctx: NodeContext) -> list[Route]:
@@ -54,7 +48,7 @@ class _Admin:
 
     async def prewarm(self, request: Request) -> Response:
         """Load a model; by default answer once it is ready. A client that leaves stops waiting, not the load."""
-        return await self._here_or_there(request, "/admin/prewarm", self._prewarm)
+        return await here_or_there(self._ctx, request, "/admin/prewarm", self._prewarm)
 
     async def _prewarm(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         if self._ctx.draining:
@@ -65,7 +59,7 @@ class _Admin:
         if "node" not in body and (node := self._only_elsewhere(request, name)) is not None:
             return {**await call_node(self._ctx, node, "/admin/prewarm", body), "node": node}
         profile = self._resolve(name)
-        wait, timeout_s = _flag(body, "wait", True), _seconds(body, "timeout_s")
+        wait, timeout_s = flag_of(body, "wait", True), _seconds(body, "timeout_s")
         deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         view = await self._ctx.supervisor.prewarm(profile, wait=wait, deadline=deadline)
         instance = None if view is None else instance_entry(view, self._holder(view.id))
@@ -85,20 +79,20 @@ class _Admin:
 
     async def unload(self, request: Request) -> Response:
         """Drain the instances of one model, or of all: each ends once its requests have."""
-        return await self._here_or_there(request, "/admin/unload", self._unload)
+        return await here_or_there(self._ctx, request, "/admin/unload", self._unload)
 
     async def _unload(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        key = None if _flag(body, "all", False) else self._running_key(_model_of(body))
+        key = None if flag_of(body, "all", False) else self._running_key(_model_of(body))
         count = self._ctx.supervisor.unload(key)
         message = f"{count} instance{'' if count == 1 else 's'} told to stop"
         return {"status": "ok", "message": message, "unloaded": count}
 
     async def drain(self, request: Request) -> Response:
         """Take a node out of rotation: what runs and waits is served, new work goes elsewhere or gets 503."""
-        return await self._here_or_there(request, "/admin/drain", self._drain)
+        return await here_or_there(self._ctx, request, "/admin/drain", self._drain)
 
     async def _drain(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
-        unload = _flag(body, "unload", False)
+        unload = flag_of(body, "unload", False)
         if not self._ctx.drained:
             self._ctx.drained = True
             _log.info("drained by an operator: no new work until /admin/undrain", unload=unload)
@@ -109,7 +103,7 @@ class _Admin:
 
     async def undrain(self, request: Request) -> Response:
         """Let a node work again."""
-        return await self._here_or_there(request, "/admin/undrain", self._undrain)
+        return await here_or_there(self._ctx, request, "/admin/undrain", self._undrain)
 
     async def _undrain(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         if self._ctx.draining:
@@ -118,51 +112,6 @@ class _Admin:
             self._ctx.drained = False
             _log.info("undrained by an operator: takes work again")
         return {"status": "ok", "message": f"{self._ctx.node_id} takes new work", "drained": False}
-
-    async def _here_or_there(self, request: Request, path: str, here: Handler) -> Response:
-        """Do it on this node, or on those that ``node`` names: another one, or ``"*"`` for every one."""
-        try:
-            body = await self._body(request)
-            node = body.get("node")
-            if node is not None and (not isinstance(node, str) or not node):
-                raise RequestError("'node' must be a node's id, or '*' for all", param="node")
-            work = self._answer(request, path, body, node, here)
-            return await unless_client_leaves(request, work, path)
-        except MeshError as error:
-            return _failed(error)
-
-    async def _answer(
-        self, request: Request, path: str, body: dict[str, Any], node: str | None, here: Handler
-    ) -> Response:
-        if peer_of(request.scope) is not None or node in (None, self._ctx.node_id):
-            return JSONResponse(await here(request, body))
-        if node == "*":
-            return await self._everywhere(request, path, body, here)
-        return JSONResponse({**await call_node(self._ctx, node, path, body), "node": node})
-
-    async def _everywhere(self, request: Request, path: str, body: dict[str, Any], here: Handler) -> Response:
-        """Ask every node at once; each one's own answer is told. Who does not have the model has nothing to do."""
-        own = self._ctx.node_id
-        known = self._ctx.mesh.peers.by_name() if self._ctx.mesh is not None else {}
-        nodes = [own, *(name for name, peer in known.items() if peer.alive and name != own)]
-
-        async def ask(node: str) -> dict[str, Any] | MeshError:
-            try:
-                return await (here(request, body) if node == own else call_node(self._ctx, node, path, body))
-            except MeshError as error:
-                return error
-
-        answers = dict(zip(nodes, await asyncio.gather(*(ask(node) for node in nodes)), strict=True))
-        errors = [answer for answer in answers.values() if isinstance(answer, MeshError)]
-        if len(errors) < len(nodes):
-            errors = [error for error in errors if error.status != 404]
-        done = sum(not isinstance(answer, MeshError) for answer in answers.values())
-        content = {
-            "status": "error" if errors else "ok",
-            "message": f"{done} of {len(nodes)} nodes did it",
-            "nodes": {n: _said(answer) if isinstance(answer, MeshError) else answer for n, answer in answers.items()},
-        }
-        return JSONResponse(content, errors[0].status if errors else 200)
 
     async def instances(self, request: Request) -> Response:
         """Everything that `llama-mesh ps` shows."""
@@ -206,9 +155,6 @@ class _Admin:
         holders = self._ctx.supervisor.memory_report().holders
         return next((holder for holder in holders if holder.instance == instance), None)
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        return await json_object(request, timeout_s=self._ctx.settings.http.body_read_timeout_ms / 1000)
-
     def _resolve(self, name: str) -> Any:
         try:
             return self._ctx.supervisor.catalog.resolve(name)
@@ -224,16 +170,6 @@ class _Admin:
                 return view.key
         key: str = self._resolve(name).key
         return key
-
-
-async def call_node(ctx: NodeContext, node: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Have another node do what an operator asked for there; raise its refusal, or why it cannot be asked."""
-    if ctx.mesh is None:
-        raise RequestError(f"there is no node '{node}': this one is '{ctx.node_id}' and in no mesh", param="node")
-    waits = path == "/admin/prewarm" and body.get("wait", True) is not False
-    there = {name: value for name, value in body.items() if name != "node"}
-    answer = await ctx.mesh.call(node, path, there, timeout_s=None if waits else _CALL_S)
-    return answer if isinstance(answer, dict) else {"answer": answer}
 
 
 def instance_entry(view: InstanceView, holder: Holder | None = None) -> dict[str, Any]:
@@ -257,25 +193,13 @@ def instance_entry(view: InstanceView, holder: Holder | None = None) -> dict[str
         "source": str(holder.source) if holder is not None and holder.source is not None else None,
         "command": list(view.command),
         "stale": view.stale,
+        "engine": {"version": view.engine_version, "build": view.engine_build, "path": view.engine_path},
+        "superseded": view.superseded,
     }
 
 
 def _memory(resources: Resources) -> dict[str, int]:
     return dict(resources.mib)
-
-
-def _said(error: MeshError) -> dict[str, Any]:
-    return {"status": "error", "message": error.message, "type": error.type}
-
-
-def _failed(error: MeshError) -> Response:
-    status, headers, body = error_response(error)
-    content = {"status": "error", "message": error.message, **json.loads(body)}
-    response = JSONResponse(content, status)
-    for name, value in headers:
-        if name.lower() != b"content-type":
-            response.raw_headers.append((name.lower(), value))
-    return response
 
 
 def _model_of(body: dict[str, Any]) -> str:
@@ -285,13 +209,6 @@ def _model_of(body: dict[str, Any]) -> str:
     if not isinstance(model, str) or not model:
         raise RequestError("'model' must be a non-empty string", param="model")
     return model
-
-
-def _flag(body: dict[str, Any], name: str, default: bool) -> bool:
-    value = body.get(name, default)
-    if not isinstance(value, bool):
-        raise RequestError(f"'{name}' must be true or false", param=name)
-    return value
 
 
 def _seconds(body: dict[str, Any], name: str) -> float | None:

@@ -15,10 +15,11 @@ from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.engine.lease import Admission
 from mesh.engine.memory_report import MemoryReport, ModelFit
-from mesh.metrics import Gauges
+from mesh.metrics import BuildGauge, Gauges
 
 if TYPE_CHECKING:
     from mesh.api.auth import Authenticator
+    from mesh.build.status import Attempt, BuildEvent, BuildStatus, BuiltVersion, Summary
     from mesh.config.settings import Settings
     from mesh.core.node_state import PeerIdentity
     from mesh.core.routing import Ranked
@@ -60,6 +61,14 @@ class InstanceView(Protocol):
     def command(self) -> tuple[str, ...]: ...
     @property
     def stale(self) -> bool: ...
+    @property
+    def engine_version(self) -> str | None: ...
+    @property
+    def engine_build(self) -> str: ...
+    @property
+    def engine_path(self) -> str: ...
+    @property
+    def superseded(self) -> bool: ...
 
 
 class Budget(Protocol):
@@ -153,6 +162,32 @@ class MeshView(Protocol):
         """POST *body* to another node over a link and return its JSON. Raise ``MeshError`` in its words, or ours."""
 
 
+class BuildSubscription(Protocol):
+    """Events from now on; ``close`` ends the iteration, ``dropped`` counts those that it was too slow for."""
+
+    @property
+    def dropped(self) -> int: ...
+    def __aiter__(self) -> AsyncIterator[BuildEvent]: ...
+    def close(self) -> None: ...
+
+
+class BuildsView(Protocol):
+    """What the API asks of the builds of llama.cpp (``mesh.build.manager``); all but ``rollback`` answer at once."""
+
+    def statuses(self) -> Sequence[BuildStatus]: ...
+    def summary(self) -> Summary: ...
+    def rebuild(self, name: str | None, *, ref: str | None = None, force: bool = False) -> Attempt:
+        """Start it in the background; raise ``BuildBusyError`` or ``UnknownBuildError``."""
+
+    async def rollback(self, name: str) -> BuiltVersion:
+        """Return what runs now; raise ``BuildBusyError``, ``UnknownBuildError`` or ``BuildError``."""
+
+    def cancel(self, name: str) -> bool:
+        """Tell the attempt to end; False if there is none."""
+
+    def subscribe(self) -> BuildSubscription: ...
+
+
 def _no_version() -> str | None:
     return None
 
@@ -179,6 +214,7 @@ class NodeContext:
     mesh: MeshView | None = None  #: set by the app, in a mesh
     #: why no instance can be started ("Binary missing"), None if one can; cheap like the version
     engine_problem: Callable[[], str | None] = _no_problem
+    builds: BuildsView | None = None  #: set by the app; without it nothing is built, and asking for it changes nothing
 
     def gauges(self) -> Gauges:
         """Return what is true now, for metrics; call it on the event loop's thread."""
@@ -202,4 +238,15 @@ class NodeContext:
             engine_version=self.engine_version(),
             peers=None if self.mesh is None else tuple(p.gauge() for p in self.mesh.peers.by_name().values()),
             drained=self.drained,
+            **({} if self.builds is None else _build_gauges(self.builds)),
         )
+
+
+def _build_gauges(builds: BuildsView) -> dict[str, Any]:
+    summary = builds.summary()
+    return {
+        "builds": tuple(BuildGauge(s.name, s.current is not None, s.live_commit) for s in builds.statuses()),
+        "is_building": summary.is_building,
+        "last_build_error": summary.last_build_error,
+        "last_build_at_wall": summary.last_build_at_wall,
+    }

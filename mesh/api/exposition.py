@@ -77,6 +77,7 @@ class _SnapshotCollector(Collector):
         yield from _node(self._snapshot)
         yield from _now(self._snapshot, self._gauges)
         yield from _peers(self._gauges)
+        yield from _builds(self._snapshot, self._gauges)
         yield from _models(self._snapshot)
 
 
@@ -136,6 +137,24 @@ def _peers(gauges: Gauges) -> Iterator[Metric]:
         for peer in peers:
             counter.add_metric((peer.node_id,), getattr(peer, field))
         yield counter
+
+
+def _builds(snapshot: Snapshot, gauges: Gauges) -> Iterator[Metric]:
+    """Yield what there is to tell of builds of llama.cpp; ``build`` is the configured name."""
+    ended = CounterMetricFamily(_PREFIX + "builds", "Attempts that ended, by how.", labels=("build", "outcome"))
+    for build, state in sorted(snapshot.builds.items()):
+        for outcome, count in sorted(state.outcomes.items()):
+            ended.add_metric((build, outcome), count)
+    yield ended
+    busy = [(build.name, int(build.in_progress)) for build in gauges.builds]
+    yield _labelled("build_in_progress", "1 while it is built, tested or compared.", "build", busy)
+    # not "build_info": that is the node's own version, and a family has one set of labels
+    live = GaugeMetricFamily(_PREFIX + "engine_build_info", "Always 1; what is installed.", labels=("build", "commit"))
+    for gauge in gauges.builds:
+        live.add_metric((gauge.name, gauge.live_commit or ""), 1)
+    yield live
+    times = [(b, s.last_duration_s) for b, s in sorted(snapshot.builds.items()) if s.last_duration_s is not None]
+    yield _labelled("build_last_duration_seconds", "Of the last one that really built.", "build", times)
 
 
 def _models(snapshot: Snapshot) -> Iterator[Metric]:

@@ -1,4 +1,4 @@
-"""Builds the ASGI app for everything that is not inference: admin, cluster, health, metrics, model listing
+"""Builds the ASGI app for everything that is not inference: admin, builds, cluster, health, metrics, model listing
 and what fits.
 
 Inference is served by ``mesh.api.dataplane`` before a request ever gets here; what of it arrives has the wrong method.
@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mesh.api import admin, cluster, fits, health, models, observe
+from mesh.api import admin, builds, cluster, fits, health, models, observe
 from mesh.api.access import AccessMiddleware, dialect_of
 from mesh.api.context import NodeContext
 from mesh.api.responses import MethodNotAllowedError, error_response
@@ -37,6 +37,7 @@ def build_app(ctx: NodeContext) -> Starlette:
             *cluster.routes(ctx),
             *fits.routes(ctx),
             *admin.routes(ctx),
+            *builds.routes(ctx),
         ],
         middleware=[Middleware(AccessMiddleware, ctx=ctx)],
         exception_handlers={HTTPException: _http_exception, MeshError: _mesh_error},

@@ -21,10 +21,22 @@ from mesh import __version__
 from mesh.core.resources import RAM, VRAM
 from mesh.files import replace_file
 from mesh.metrics.counters import HashMetrics, ModelMetrics
-from mesh.metrics.state import Gauges, HashState, HistogramState, ModelState, NodeResources, PeerGauge, Snapshot
-from mesh.tasks import wall_time
+from mesh.metrics.state import (
+    BuildGauge,
+    BuildState,
+    Gauges,
+    HashState,
+    HistogramState,
+    ModelState,
+    NodeResources,
+    PeerGauge,
+    Snapshot,
+)
+from mesh.tasks import rfc3339, wall_time
 
 __all__ = [
+    "BuildGauge",
+    "BuildState",
     "Gauges",
     "HashMetrics",
     "HashState",
@@ -86,6 +98,7 @@ class Metrics:
         self.crashes_total = 0
         self.evictions_total = 0
         self._hashes: dict[str, HashMetrics] = {}
+        self._builds: dict[str, BuildState] = {}
         self._file = _StateFile()
 
     def model(self, args_hash: str, name: str) -> ModelMetrics:
@@ -96,6 +109,12 @@ class Metrics:
     def hash(self, args_hash: str) -> HashMetrics:
         """Return what is known about one set of launch arguments."""
         return self._hashes.get(args_hash) or self._hashes.setdefault(args_hash, HashMetrics())
+
+    def build_ended(self, build: str, outcome: str, *, duration_s: float | None = None) -> None:
+        """Count an attempt at a build of llama.cpp; only one that really built has a duration."""
+        before = self._builds.get(build, BuildState())
+        outcomes = {**before.outcomes, outcome: before.outcomes.get(outcome, 0) + 1}
+        self._builds[build] = BuildState(outcomes, before.last_duration_s if duration_s is None else duration_s)
 
     def snapshot(self, gauges: Gauges | None = None) -> Snapshot:
         """Return a copy of everything; call it on the event loop's thread."""
@@ -108,7 +127,11 @@ class Metrics:
             current_requests=self.current_requests,
             queue_length=sum(gauges.queued.values()),
             hashes={key: entry.state() for key, entry in self._hashes.items()},
+            builds=dict(self._builds),
             updated_at=datetime.now(UTC).isoformat(),
+            is_building=gauges.is_building,
+            last_build_error=gauges.last_build_error,
+            last_build_at=rfc3339(gauges.last_build_at_wall),
             node_resources=_node_resources(gauges),
             **{name: getattr(self, name) for name in NODE_COUNTERS},
         )
@@ -130,6 +153,9 @@ class Metrics:
             setattr(self, name, max(0, getattr(state, name)))
         for key, entry in state.hashes.items():
             self.hash(key).restore(entry)
+        for build, counted in state.builds.items():
+            outcomes = {outcome: max(0, count) for outcome, count in counted.outcomes.items()}
+            self._builds[build] = BuildState(outcomes, counted.last_duration_s)
         return True
 
 

@@ -28,6 +28,15 @@ class PeerGauge:
 
 
 @dataclass(frozen=True, slots=True)
+class BuildGauge:
+    """One build of llama.cpp."""
+
+    name: str
+    in_progress: bool
+    live_commit: str | None  #: what its binary was made from, None if not known
+
+
+@dataclass(frozen=True, slots=True)
 class Gauges:
     """What is true now, read from its owners at the moment of a snapshot."""
 
@@ -41,6 +50,10 @@ class Gauges:
     engine_version: str | None = None
     peers: tuple[PeerGauge, ...] | None = None  #: None if this node is in no mesh
     drained: bool = False
+    builds: tuple[BuildGauge, ...] = ()
+    is_building: bool = False
+    last_build_error: str | None = None
+    last_build_at_wall: float | None = None
 
 
 class HistogramState(msgspec.Struct, frozen=True):
@@ -77,6 +90,13 @@ class HashState(msgspec.Struct, frozen=True):
     sample_count: int = 0
     parsed_model_params: dict[str, Any] | None = None
     models: dict[str, ModelState] = msgspec.field(default_factory=dict)
+
+
+class BuildState(msgspec.Struct, frozen=True):
+    """The attempts at one build that have ended, by their outcome; the time is of the last that really built."""
+
+    outcomes: dict[str, int] = msgspec.field(default_factory=dict)
+    last_duration_s: float | None = None
 
 
 class NodeResources(msgspec.Struct, frozen=True):
@@ -123,6 +143,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     crashes_total: int = 0
     evictions_total: int = 0
     hashes: dict[str, HashState] = msgspec.field(default_factory=dict)
+    builds: dict[str, BuildState] = msgspec.field(default_factory=dict)
     updated_at: str = ""
     is_building: bool = False
     last_build_error: str | None = None

@@ -211,6 +211,8 @@ async def test_instances_tells_all_that_ps_shows() -> None:
         "source": None,
         "command": ["llama-server", "-m", "a.gguf"],
         "stale": False,
+        "engine": {"version": "b123", "build": "default", "path": "/opt/llama/llama-server"},
+        "superseded": False,
     }
 
 

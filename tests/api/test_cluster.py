@@ -74,7 +74,8 @@ async def test_a_link_opens_the_paths_of_peers_and_no_other() -> None:
 async def test_the_list_of_peer_paths_is_short() -> None:
     """Whatever is added to it can be done by every member without a key."""
     admin = {"/admin/prewarm", "/admin/unload", "/admin/drain", "/admin/undrain"}
-    assert {"/cluster/gossip", "/health", *admin} == PEER_PATHS
+    builds = {"/admin/rebuild-llama", "/admin/rebuild-llama/cancel", "/admin/rollback-llama", "/admin/builds"}
+    assert {"/cluster/gossip", "/health", *admin, *builds} == PEER_PATHS
 
 
 @pytest.mark.parametrize("path", ["/cluster/nodes", "/admin/route?model=Smol"])

@@ -17,6 +17,7 @@ from mesh.metrics import NODE_COUNTERS, Gauges, Metrics
 from tests.api.asgi import request
 from tests.api.mesh import FakeMesh
 from tests.api.node import Node
+from tests.fakes_builds import OLD, FakeBuilds, attempt, status
 from tests.fakes_supervisor import FakeInstance
 from tests.members import member, profile
 
@@ -40,6 +41,10 @@ def busy_node() -> Node:
         model.tokens_generated_total += 50
         model.observe(0.2, 0.02)
         model.observe(9999.0)
+    metrics.build_ended("default", "installed", duration_s=492.5)
+    metrics.build_ended('odd "na\\me"', "failed", duration_s=3.0)
+    metrics.build_ended("default", "unchanged")
+    node.ctx.builds = FakeBuilds(status(), status("cuda", current=attempt(1, "cuda"), live_commit=None))
     node.supervisor.views = [FakeInstance("i-1", "smol:default", "Smol", active=3)]
     node.supervisor.waiting = {"smol:default": 4}
     node.supervisor.capacity = Resources.of(ram_mib=2048)
@@ -197,6 +202,12 @@ async def test_values_are_what_was_counted() -> None:
     assert value("request_duration_seconds_count", **odd) == 2
     assert value("request_duration_seconds_sum", **odd) == pytest.approx(9999.2)
     assert value("time_to_first_token_seconds_count", **odd) == 1
+    assert [value("builds_total", build="default", outcome=how) for how in ("installed", "unchanged")] == [1, 1]
+    assert value("builds_total", build='odd "na\\me"', outcome="failed") == 1
+    assert [value("build_in_progress", build=name) for name in ("default", "cuda")] == [0, 1]
+    assert value("engine_build_info", build="default", commit=OLD) == 1
+    assert value("engine_build_info", build="cuda", commit="") == 1
+    assert value("build_last_duration_seconds", build="default") == 492.5
 
 
 async def test_no_counter_goes_back_across_a_restart(tmp_path: Path) -> None:

@@ -3,56 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from tests.api.node import Node
+from tests.api.served import Served, serving
+from tests.fakes_builds import FakeBuilds
 from tests.fakes_supervisor import FakeRing
-
-
-class Served:
-    """A node on a port of 127.0.0.1."""
-
-    def __init__(self, node: Node, port: int, state: ServerState) -> None:
-        self.node = node
-        self.port = port
-        self.state = state
-
-    async def connect(self, head: str, body: str = "") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Send a request on a connection of its own."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        lines = (head, "Host: node", "Content-Type: application/json", f"Content-Length: {len(body)}", "", body)
-        writer.write("\r\n".join(lines).encode())
-        return reader, writer
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Let the loop run until *condition*; fails after 5 s."""
-        async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110 - the condition belongs to other objects, which have no event
-                await asyncio.sleep(0.005)
 
 
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
-    node = Node()
-    config = uvicorn.Config(node.app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False)
-    config.load()
-    state = ServerState()
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: HttpToolsProtocol(config, state, {}), "127.0.0.1", 0)
-    yield Served(node, server.sockets[0].getsockname()[1], state)
-    server.close()
-    await server.wait_closed()
-    for connection in list(state.connections):
-        connection.transport.abort()
-    async with asyncio.timeout(5):
-        while state.tasks:
-            await asyncio.gather(*state.tasks, return_exceptions=True)
+    async with serving(Node()) as found:
+        yield found
 
 
 @pytest.fixture
@@ -127,3 +92,35 @@ async def test_lines_reach_a_follower_as_they_are_printed(served: Served) -> Non
             assert line.encode() in await reader.readuntil(line.encode() + b"\n")
     writer.close()
     await served.until(lambda: not served.state.tasks)
+
+
+async def test_build_events_reach_a_viewer_as_they_happen(served: Served) -> None:
+    builds = served.node.ctx.builds = FakeBuilds()
+    reader, writer = await served.connect("GET /admin/builds/events HTTP/1.1")
+    async with asyncio.timeout(5):
+        await reader.readuntil(b"event: snapshot\n")
+        for line in ("one", "two"):
+            builds.log(line)
+            assert b"event: log\n" in await reader.readuntil(b'"line":"%b"}\n\n' % line.encode())
+    writer.close()
+    await served.until(lambda: not builds.subscriptions and not served.state.tasks)
+
+
+async def test_viewers_of_builds_that_vanish_leave_nothing(served: Served) -> None:
+    """trap 2: also while nothing happens, and also those that never read what they are sent."""
+    builds = served.node.ctx.builds = FakeBuilds()
+    writers = []
+    for _ in range(20):
+        reader, writer = await served.connect("GET /admin/builds/events HTTP/1.1")
+        async with asyncio.timeout(5):
+            await reader.readuntil(b"event: snapshot\n")
+        writers.append(writer)
+    for writer in writers:
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+    for _ in range(20):
+        builds.log("x" * 100_000)
+    assert len(builds.subscriptions) == 20
+    for writer in writers:
+        writer.transport.abort()
+    await served.until(lambda: not builds.subscriptions and not served.state.tasks)
+    assert not served.state.connections
