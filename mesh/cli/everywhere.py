@@ -15,6 +15,9 @@ from mesh.cli.output import stdout_console
 #: What the admin routes take for every node of the mesh.
 ALL_NODES = "*"
 
+#: What a node says that does not have the model or the build.
+NOT_THERE = frozenset({"model_not_found", "build_not_found"})
+
 Answer = Mapping[str, Any]
 
 
@@ -51,7 +54,7 @@ def print_each(answer: Answer, outcome: Callable[[Answer], str]) -> None:
         line = Text(f"{name.ljust(width)}  ")
         if said.get("status") != "error":
             line.append(outcome(said))
-        elif said.get("type") == "model_not_found" and not nobody:  # nothing to do there
+        elif said.get("type") in NOT_THERE and not nobody:  # nothing to do there
             line.append("does not have it", style="dim")
         else:
             line.append(str(said.get("message")), style="red")

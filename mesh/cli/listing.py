@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from mesh.build.status import DEFAULT_BUILD
 from mesh.cli import node
 from mesh.cli.bars import charged, print_memory
 from mesh.cli.failure import OK
@@ -44,9 +45,9 @@ def ps(arguments: argparse.Namespace) -> int:
     rows = [_instance_row(instance, queues) for instance in answer["instances"]]
     rows += [_waiting_row(key, count) for key, count in sorted(queues.items()) if count]
     if rows:
-        columns = ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "SOURCE", "LIVE", "IDLE"]
+        columns = ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "SOURCE", "LIVE", "ENGINE", "IDLE"]
         right = frozenset({"PID", "PORT", "SLOTS", "QUEUED", "IDLE"})
-        optional = ["PORT", "PID", "SOURCE", "LIVE", "IDLE", "MEMORY", "QUEUED", "SLOTS"]
+        optional = ["PORT", "PID", "SOURCE", "LIVE", "ENGINE", "IDLE", "MEMORY", "QUEUED", "SLOTS"]
         print_table(columns, rows, right=right, optional=optional)
     else:
         print("Nothing is loaded. The first request for a model loads it, 'llama-mesh prewarm MODEL' does so now.")
@@ -69,12 +70,21 @@ def _instance_row(instance: Mapping[str, Any], queues: dict[str, int]) -> list[s
         charged(instance.get("memory") or {}),
         _or_dash(instance.get("source")),
         charged(instance.get("live") or {}),
+        _engine(instance),
         "-" if instance.get("active") else duration(instance.get("last_used_s_ago")),
     ]
 
 
 def _waiting_row(key: str, count: int) -> list[str]:
-    return [_model_id(key), "waiting", "-", "-", "-", str(count), "-", "-", "-", "-"]
+    return [_model_id(key), "waiting", "-", "-", "-", str(count), "-", "-", "-", "-", "-"]
+
+
+def _engine(instance: Mapping[str, Any]) -> str:
+    """Return the version that really runs, and which build that is if there are several."""
+    engine = instance.get("engine") or {}  # an older node does not say
+    build = engine.get("build") or DEFAULT_BUILD
+    shown = _or_dash(engine.get("version")) + ("" if build == DEFAULT_BUILD else f" {build}")
+    return f"{shown} (old)" if instance.get("superseded") else shown
 
 
 def _model_id(key: str) -> str:

@@ -49,12 +49,18 @@ class Node:
 
     @contextmanager
     def stream(
-        self, method: str, path: str, *, params: dict[str, str] | None = None, body: dict[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        params: dict[str, str] | None = None,
+        body: dict[str, Any] | None = None,
+        silence_s: float | None = None,
     ) -> Iterator[httpx.Response]:
-        """Open a streamed answer that may pause for as long as it likes; not the 2xx ones raise."""
+        """Open a streamed answer that may pause for *silence_s*, None: as long as it likes; not the 2xx ones raise."""
         with (
             self._errors_explained(),
-            self._client(None) as client,
+            self._client(silence_s) as client,
             client.stream(method, path, params=params, json=body) as response,
         ):
             if not response.is_success:
@@ -115,6 +121,8 @@ def refusal(response: httpx.Response, url: str) -> CliError:
             fix: str | None = (
                 "Give the key with --key or LLAMESH_API_KEY; admin routes may need one of auth.admin_keys."
             )
+        case 404 if _error_of(response).get("type") == "build_not_found":
+            fix = "'llama-mesh builds' shows what there is."
         case 404 if "odel" in message:
             fix = "'llama-mesh models' lists the names that it knows."
         case 404 | 405:

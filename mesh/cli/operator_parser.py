@@ -66,11 +66,11 @@ def add_commands(commands: Commands) -> None:
     _add_drain(commands)
 
 
-def add_target(command: Parser) -> None:
-    """Add the flags that say on which node of the mesh something is done."""
+def add_target(command: Parser, what: str = "the model") -> None:
+    """Add the flags that say on which node of the mesh something is done with *what*."""
     target = command.add_mutually_exclusive_group()
     target.add_argument("--node", metavar="NODE", help="on this node of the mesh (default: the one that is asked)")
-    target.add_argument("--everywhere", action="store_true", help="on every node of the mesh that has the model")
+    target.add_argument("--everywhere", action="store_true", help=f"on every node of the mesh that has {what}")
 
 
 def _add_nodes(commands: Commands) -> None:

@@ -7,7 +7,19 @@ import difflib
 from collections.abc import Sequence
 
 from mesh import __version__
-from mesh.cli import check, cluster_parser, demo, fit, instances, listing, logs, operator_parser, serve, version
+from mesh.cli import (
+    builds_parser,
+    check,
+    cluster_parser,
+    demo,
+    fit,
+    instances,
+    listing,
+    logs,
+    operator_parser,
+    serve,
+    version,
+)
 from mesh.cli.arguments import Commands, Parser, add_command, add_files, add_node, port, positive, seconds
 
 _DESCRIPTION = "One endpoint for all the GPU boxes you own: llama-server, started, shared and stopped on demand."
@@ -32,6 +44,11 @@ talking to a running node:
   llama-mesh ps                       what is loaded, how busy, how much memory
   llama-mesh prewarm qwen3            load a model now and wait until it is ready
   llama-mesh logs -f qwen3            follow the output of its llama-server
+
+keeping llama.cpp current:
+  llama-mesh rebuild                  fetch, compile, test and install it while the node serves
+  llama-mesh rollback                 and back to the one before
+  llama-mesh builds                   what there is, what is live, what failed
 
 The node is found by --url, else $LLAMESH_URL, else listen_addr of the configuration; the API key by --key, else
 $LLAMESH_API_KEY, else the secrets file. Settings can be overridden by LLAMESH_ variables, `__` nests:
@@ -182,6 +199,7 @@ def build() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     _add_logs(commands)
     cluster_parser.add_commands(commands)
     operator_parser.add_commands(commands)
+    builds_parser.add_commands(commands)
     _add_version(commands)
     return parser, tuple(commands.choices)
 

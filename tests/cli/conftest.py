@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.build_node import BuildNode, serve_builds
 from tests.cli.fake_node import FakeNode, serve_node
 
 
@@ -23,5 +24,13 @@ def _nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNode]:
     """A node that LLAMESH_URL points to."""
     with serve_node() as fake:
+        monkeypatch.setenv("LLAMESH_URL", fake.url)
+        yield fake
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Iterator[BuildNode]:
+    """A node that builds by script, that LLAMESH_URL points to."""
+    with serve_builds() as fake:
         monkeypatch.setenv("LLAMESH_URL", fake.url)
         yield fake

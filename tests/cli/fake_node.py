@@ -29,6 +29,8 @@ INSTANCE: dict[str, Any] = {
     "memory": {"ram": 512, "vram": 20480},
     "command": ["llama-server", "-m", "x.gguf"],
     "stale": False,
+    "engine": {"version": "b11549", "build": "default", "path": "/opt/llama/llama-server"},
+    "superseded": False,
 }
 
 

@@ -54,11 +54,19 @@ def test_ps_shows_instances_queues_failures_and_budget(node: FakeNode, capsys: p
         "slots": None,
         "memory": {},
         "stale": True,
+        "engine": {"version": "b11000", "build": "cuda", "path": "/opt/cuda/llama-server"},
+        "superseded": True,
     }
+    of_an_older_node = {**INSTANCE, "key": "old:default", "model_id": "old", "engine": None}
     node.answers["GET /admin/instances"] = (
         200,
         _instances(
-            instances=[INSTANCE, {**INSTANCE, "pid": 4243, "live": {"gpu0": 20001}, "source": "learned"}, idle],
+            instances=[
+                INSTANCE,
+                {**INSTANCE, "pid": 4243, "live": {"gpu0": 20001}, "source": "learned"},
+                idle,
+                of_an_older_node,
+            ],
             queues={"qwen3:default": 3, "big:default": 2, "none:default": 0},
             budget={"capacity": {"vram": 24000, "instances": 100}, "used": {"vram": 20480, "instances": 3}},
             failures={
@@ -70,11 +78,12 @@ def test_ps_shows_instances_queues_failures_and_budget(node: FakeNode, capsys: p
     assert run(["ps"]) == 0
     memory = ["ram", "512", "MiB,", "vram", "20,480", "MiB"]
     assert _lines(capsys.readouterr().out) == [
-        ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "SOURCE", "LIVE", "IDLE"],
-        ["qwen3", "ready", "4242", "40001", "1/4", "3", *memory, "-", "-", "-"],
-        ["qwen3", "ready", "4243", "40001", "1/4", "0", *memory, "learned", "gpu0", "20,001", "MiB", "-"],
-        ["bge", "ready", "(old)", "4242", "40001", "0/-", "0", "-", "-", "-", "1m"],
-        ["big", "waiting", "-", "-", "-", "2", "-", "-", "-", "-"],
+        ["MODEL", "STATE", "PID", "PORT", "SLOTS", "QUEUED", "MEMORY", "SOURCE", "LIVE", "ENGINE", "IDLE"],
+        ["qwen3", "ready", "4242", "40001", "1/4", "3", *memory, "-", "-", "b11549", "-"],
+        ["qwen3", "ready", "4243", "40001", "1/4", "0", *memory, "learned", "gpu0", "20,001", "MiB", "b11549", "-"],
+        ["bge", "ready", "(old)", "4242", "40001", "0/-", "0", "-", "-", "-", "b11000", "cuda", "(old)", "1m"],
+        ["old", "ready", "4242", "40001", "1/4", "0", *memory, "-", "-", "-", "-"],
+        ["big", "waiting", "-", "-", "-", "2", "-", "-", "-", "-", "-"],
         ["bad", "failed", "(2", "times):", "exited", "with", "[1];", "next", "try", "in", "8s"],
         ["bad:fast", "failed:", "crashed"],
         ["budget"],

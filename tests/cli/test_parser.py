@@ -39,6 +39,9 @@ def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixtu
         "route",
         "drain",
         "undrain",
+        "rebuild",
+        "rollback",
+        "builds",
         "version",
     }
     for name in names:
