@@ -8,10 +8,10 @@ ARGS ?=
 export LLAMA_MESH_VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types model bench mutants spec lock clean
+.PHONY: help setup demo test test-build lint format types model bench mutants spec lock clean
 
 help:            ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup:           ## make or update the virtual environment
 	@scripts/bootstrap
@@ -21,6 +21,9 @@ demo: setup      ## fetch a small real model and stream its answer through llama
 
 test: lint model ## check the style, the types and the architecture, then run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-build: setup model ## build the real llama.cpp once (4 to 9 minutes, cached) and test with it
+	MESH_BUILD_REAL=1 $(BIN)/python -m pytest tests/build_real $(ARGS)
 
 lint: setup      ## check formatting, style, types and the import layers
 	$(BIN)/ruff format --check .

