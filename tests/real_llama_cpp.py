@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mesh.cli import demo_model
+from mesh.cli import cache
 from mesh.cli.package_index import Index, PinnedFile
 from tests.build_project import commit_all, git, init
 
@@ -72,15 +72,12 @@ def ensure_repository(
     environ: Mapping[str, str], console: Console, *, sdist: PinnedFile = SDIST, commit: str = COMMIT
 ) -> Path:
     """Return the path of a bare repository whose branch master is *commit*, made first if the cache lacks it."""
-    directory = demo_model.cache_dir(environ)
+    directory = cache.cache_dir(environ)
     repository = directory / f"llama.cpp-{commit[:12]}.git"
-    with demo_model.locked(directory, console):
+    with cache.locked(directory, console):
         if repository.exists():  # put there whole, or not at all
             return repository
-        archive = directory / sdist.filename
-        with demo_model.progress_bar(console) as progress:
-            task = progress.add_task("llama.cpp", total=sdist.size_bytes)
-            Index(environ).fetch(sdist, archive, lambda done, total: progress.update(task, completed=done))
+        archive = cache.fetch(Index(environ), sdist, directory, console, "llama.cpp")
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             made, found = _repository_of(archive, Path(scratch))
             assert found == commit, f"the commit made of {sdist.filename} is {found}, expected {commit}"
@@ -110,7 +107,7 @@ def cached_build_path(
     """Return a ``build_path`` in the cache for all that a build depends on. Looks at nothing but the compiler."""
     inputs = json.dumps([commit, *build_args, "--build", *build_command_args, compiler()])
     key = hashlib.sha256(inputs.encode()).hexdigest()[:12]
-    return demo_model.cache_dir(environ) / "builds" / key / "build"
+    return cache.cache_dir(environ) / "builds" / key / "build"
 
 
 def finished_build(build_path: Path, commit: str = COMMIT) -> Path | None:
