@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mesh.api.access import peer_of
 from mesh.api.build_stream import BuildStream
 from mesh.api.context import BuildsView, NodeContext
 from mesh.api.elsewhere import here_or_there
@@ -47,6 +48,13 @@ def routes(ctx: NodeContext) -> list[Route]:
     ]
 
 
+class ForeignRefError(RequestError):
+    """Another node names the code to be compiled and run here; one bad member would have all machines."""
+
+    status = 403
+    type = "permission_error"
+
+
 class _Builds:
     def __init__(self, ctx: NodeContext) -> None:
         self._ctx = ctx
@@ -61,6 +69,12 @@ class _Builds:
         if self._ctx.draining:
             raise DrainingError("Node is draining for shutdown")
         name, ref, force = text_of(body, "build"), _ref_of(body), flag_of(body, "force", False)
+        if ref is not None and peer_of(request.scope) is not None:
+            raise ForeignRefError(
+                f"what is built on node '{self._ctx.node_id}' is not for other nodes to choose: leave out 'branch', or "
+                f"run 'llama-mesh rebuild --branch {ref}' on that node, or set llama_cpp.branch there",
+                param="branch",
+            )
         builds, before = self._ctx.builds, self._build_status()
         attempt = None
         if builds is not None:

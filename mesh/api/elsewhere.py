@@ -21,6 +21,8 @@ from mesh.errors import MeshError, RequestError
 
 #: How long another node may take for what does not wait for a model.
 _CALL_S: Final = 30.0
+#: It runs each version that it might go back to, and gives each of them 30 s; clients wait longer than that.
+_ROLLBACK_CALL_S: Final = 120.0
 
 Handler = Callable[[Request, dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 #: What stands beside the message of a refusal, by the refusal.
@@ -100,7 +102,8 @@ async def call_node(ctx: NodeContext, node: str, path: str, body: dict[str, Any]
         raise RequestError(f"there is no node '{node}': this one is '{ctx.node_id}' and in no mesh", param="node")
     waits = path == "/admin/prewarm" and body.get("wait", True) is not False
     there = {name: value for name, value in body.items() if name != "node"}
-    answer = await ctx.mesh.call(node, path, there, timeout_s=None if waits else _CALL_S)
+    timeout_s = _ROLLBACK_CALL_S if path == "/admin/rollback-llama" else _CALL_S
+    answer = await ctx.mesh.call(node, path, there, timeout_s=None if waits else timeout_s)
     return answer if isinstance(answer, dict) else {"answer": answer}
 
 

@@ -27,8 +27,9 @@ from mesh.build.server_under_test import (
 from mesh.build.smoke import CPU_NOTE, rejected
 from mesh.build.status import Comparison, Speed
 from mesh.core.canary import Verdict, judge, rounds_order
-from mesh.core.exits import Cause
+from mesh.core.exits import Cause, classify
 from mesh.errors import EngineMissingError, InstanceError, MeshError
+from mesh.host.warden import Warden
 
 TINY_MODEL: Final = "tiny model"
 #: rounds of each server; the later ones only if the earlier ones show a loss, and then all of them count
@@ -66,6 +67,10 @@ class Served(Protocol):
 class Trials(Protocol):
     """Lends instances of the cookbook's models."""
 
+    def runs_by_default(self, profile_name: str, build: str) -> bool:
+        """Whether the usual engine of the profile is the one of *build*."""
+        ...
+
     def trial(self, profile_name: str, binary: Path | None) -> AbstractAsyncContextManager[Served]:
         """Lend an instance of the profile: one like any other, or one that *binary* runs, which is gone afterwards.
 
@@ -88,12 +93,14 @@ async def compare_tiny(
     say: Say,
     progress: Progress,
     args: Sequence[str] = (),
+    warden: Warden | None = None,
 ) -> tuple[Comparison, tuple[str, ...]]:
     """Measure *old*, if there is one and it starts, and *new*. Return the speeds and notes.
 
-    Raise ``RejectedError`` if *new* fails or lost more than *max_slowdown*.
+    Raise ``RejectedError`` if *new* fails or lost more than *max_slowdown*, another ``BuildError`` if there is no
+    memory for it. By *warden* the servers die with the node.
     """
-    on_gpu = _Tiny(old, new, model, max_slowdown, env, args, say, progress)
+    on_gpu = _Tiny(old, new, model, max_slowdown, env, args, say, progress, warden)
     try:
         try:
             return await on_gpu.compare()
@@ -147,6 +154,7 @@ class _Tiny:
     args: Sequence[str]
     say: Say
     progress: Progress
+    warden: Warden | None
     _old_server: ServerUnderTest | None = field(default=None, init=False)
     _rounds: _Rounds = field(default_factory=_Rounds, init=False)
     _notes: tuple[str, ...] = field(default=(), init=False)
@@ -169,7 +177,7 @@ class _Tiny:
         return self._rounds.concluded(TINY_MODEL, self.max_slowdown, self.say), self._notes
 
     def _server(self, binary: Path) -> ServerUnderTest:
-        return ServerUnderTest((str(binary),), self.model, args=self.args, env=self.env)
+        return ServerUnderTest((str(binary),), self.model, args=self.args, env=self.env, warden=self.warden)
 
     async def _start_old(self, stack: AsyncExitStack) -> None:
         if self.old is None:
@@ -211,12 +219,20 @@ def _best(speeds: Sequence[Speed]) -> Speed:
 
 
 async def compare_trial(
-    trials: Trials, profile: str, new: Path, *, has_old: bool = True, max_slowdown: float, say: Say, progress: Progress
+    trials: Trials,
+    profile: str,
+    new: Path,
+    *,
+    old: Path | None = None,
+    has_old: bool = True,
+    max_slowdown: float,
+    say: Say,
+    progress: Progress,
 ) -> tuple[Comparison | None, tuple[str, ...]]:
     """Measure *profile* as it runs now, then with *new*; return the speeds (None: not to be had) and notes.
 
     Without an old build (not *has_old*) it need only run: what serves until now is of another kind, perhaps the
-    embedded engine.
+    embedded engine. *old* is what to compare with if the profile usually runs another build than the one that is made.
 
     Raise ``RejectedError`` if *new* does not run a model that runs now, or is too slow.
     """
@@ -226,7 +242,7 @@ async def compare_trial(
         say(f"{profile}: {count} rounds {first}with the new one")
         progress(len(rounds.new), len(rounds.new) + count)
         try:
-            problem = await _trial_round(trials, profile, new, rounds, count, has_old=has_old)
+            problem = await _trial_round(trials, profile, new, rounds, count, old=old, has_old=has_old)
         except _UnavailableError as error:
             what = "could not be compared" if number == 0 else "was slower, but could not be measured again"
             say(f"{profile} {what}: {error}")
@@ -243,13 +259,13 @@ class _UnavailableError(Exception):
 
 
 async def _trial_round(
-    trials: Trials, profile: str, new: Path, rounds: _Rounds, count: int, *, has_old: bool
+    trials: Trials, profile: str, new: Path, rounds: _Rounds, count: int, *, old: Path | None, has_old: bool
 ) -> str | None:
     """Measure the old, then the new. Return what is wrong with the old, None if nothing is."""
     problem: MeshError | None = None
     try:
         if has_old:
-            rounds.old += await _lent(trials, profile, None, count)
+            rounds.old += await _lent(trials, profile, old, count)
     except (ServerFailedError, InstanceError) as error:
         problem = error
         rounds.old.clear()
@@ -258,12 +274,20 @@ async def _trial_round(
     try:
         rounds.new += await _lent(trials, profile, new, count)
     except (ServerFailedError, InstanceError) as error:
+        if _lacks_memory(error):  # somebody may have taken it since the old one ran
+            raise _UnavailableError(f"there was no memory for the new llama-server: {error.message}") from error
         if problem is None or isinstance(problem, EngineMissingError):
             raise RejectedError(f"the new llama-server cannot run {profile}: {error.message}") from error
         raise _UnavailableError(f"no llama-server runs it, neither the old nor the new: {error.message}") from error
     except MeshError as error:
         raise _UnavailableError(error.message) from error
     return problem.message if problem else None
+
+
+def _lacks_memory(error: MeshError) -> bool:
+    """Whether more room may help. An instance says why it failed with its last lines only."""
+    known = error.cause if isinstance(error, ServerFailedError) else Cause.OTHER
+    return known is Cause.MEMORY or classify(1, error.message.splitlines()) is Cause.MEMORY
 
 
 async def _lent(trials: Trials, profile: str, binary: Path | None, count: int) -> list[Speed]:

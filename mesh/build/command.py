@@ -38,8 +38,14 @@ _MISLEADING = frozenset(
         *("OBJECT_DIRECTORY", "ALTERNATE_OBJECT_DIRECTORIES"),
     )
 )
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
+#: what a terminal would obey: titles and links, then colours and cursors, then the rest, then what is left of them
+_FOR_TERMINALS = re.compile(
+    r"\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]?|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
+#: a password with a slash in it reads like a port and a path; then what is before the last @ goes
+_URL_PASSWORD = re.compile(r"""(?<=://)(?:[^/@\s:]*:[^\s"'<>]*@|[^/@\s]+@)""")
+_SECRET = r"token|passw|secret|key|auth|credential|signature"
+_URL_SECRET = re.compile(rf"([?&][^=&\s]*(?:{_SECRET})[^=&\s]*=)[^&#\s\"'<>]+", re.IGNORECASE)
 
 
 class CommandError(BuildError):
@@ -144,14 +150,14 @@ async def stop(process: Process, ended: asyncio.Future[int]) -> None:
 
 
 def clean(line: str) -> str:
-    """Return *line* as it may be shown: without colours and passwords, and cut."""
-    text = without_passwords(_COLOUR.sub("", line)).rstrip()
+    """Return *line* as it may be shown: without passwords and what only terminals understand, and cut."""
+    text = without_passwords(_FOR_TERMINALS.sub("", line)).rstrip()
     return text if len(text) <= MAX_LINE_CHARACTERS else f"{text[: MAX_LINE_CHARACTERS - 1]}…"
 
 
 def without_passwords(text: str) -> str:
-    """Return *text* with what stands before the ``@`` of URLs taken out: often a token."""
-    return _URL_PASSWORD.sub("", text)
+    """Return *text* with what is secret in URLs taken out: before the ``@``, often a token, and ``?private_token=``."""
+    return _URL_SECRET.sub(r"\1…", _URL_PASSWORD.sub("", text))
 
 
 def shown(argv: Sequence[str]) -> str:

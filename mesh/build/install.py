@@ -11,12 +11,22 @@ from pathlib import Path
 
 from mesh.build import layout, state
 from mesh.build.command import Command, Surroundings, run
-from mesh.build.layout import Shelf
+from mesh.build.layout import Found, Shelf
 from mesh.build.spec import BuildSpec
 from mesh.build.state import State
 from mesh.build.status import BuiltVersion
 from mesh.build.threads import settled
-from mesh.core.build_policy import Hold, Installed, remembered, rollback_targets, to_prune, with_hold, without_hold
+from mesh.core.build_policy import (
+    Hold,
+    Installed,
+    hold_reason,
+    remembered,
+    replaced_by_hand,
+    rollback_targets,
+    to_prune,
+    with_hold,
+    without_hold,
+)
 from mesh.errors import BuildError, UnknownBuildError
 from mesh.logs import Log
 
@@ -25,13 +35,27 @@ _VERSION_LIMIT_S = 30.0
 _log = Log(__name__)
 
 
-def put_in_force(spec: BuildSpec, version: Installed) -> None:
-    """Let ``binary_path`` lead to *version*, which nothing holds back any more. Blocks."""
-    before = state.up_to_date(state.load(spec), layout.look(spec))
-    _save(spec, before)  # from here on there is a way back
-    layout.swap(spec, Path(version.binary))
+def put_in_force(spec: BuildSpec, version: Installed, *, by_hand_over: str | None = None) -> tuple[str, ...]:
+    """Let ``binary_path`` lead to *version*, which nothing holds back any more; return the commits held for it. Blocks.
+
+    *by_hand_over*: somebody chose *version*, and this commit is what the configured branch means (""; not known). Then
+    that commit and the one that is replaced are held, so that nothing puts them in force again by itself.
+    """
+    shelf = layout.look(spec)
+    before = state.up_to_date(state.load(spec), shelf)
+    replaced = () if by_hand_over is None else replaced_by_hand(state.installed(shelf), by_hand_over, version.commit)
+    held = before.held
+    for commit in replaced:
+        held = with_hold(held, commit, Hold("replaced by hand"))
+    _save(spec, State(before.history, held))  # from here on there is a way back
+    try:
+        layout.swap(spec, Path(version.binary))
+    except BuildError:
+        _save(spec, before)
+        raise
     history = remembered((*before.history, version), version)
-    _save(spec, State(history, without_hold(before.held, version.commit)))
+    _save(spec, State(history, without_hold(held, version.commit)))
+    return replaced
 
 
 def hold(spec: BuildSpec, commit: str, why: Hold) -> None:
@@ -40,16 +64,20 @@ def hold(spec: BuildSpec, commit: str, why: Hold) -> None:
     _save(spec, State(known.history, with_hold(known.held, commit, why)))
 
 
-async def roll_back(spec: BuildSpec, around: Surroundings, say: Callable[[str], None]) -> BuiltVersion:
+async def roll_back(
+    spec: BuildSpec, around: Surroundings, say: Callable[[str], None], decided: Callable[[], None] = lambda: None
+) -> BuiltVersion:
     """Put the version in force that ran before, hold the one that it replaces, and return it.
 
-    Raise ``UnknownBuildError`` if there is none that still runs.
+    May be cancelled until *decided* is called: nothing has changed then. Raise ``UnknownBuildError`` if there is none
+    that still runs.
     """
     shelf, known = await settled(lambda: _before(spec))
     live = state.installed(shelf)
     reasons: list[str] = []
     for version in rollback_targets(known.history, live.binary if live else None):
-        if (problem := await _problem(Path(version.binary), around, say)) is None:
+        if (problem := await problem_of(Path(version.binary), around, say)) is None:
+            decided()
             await settled(lambda version=version: _go_back(spec, known, live, version))  # type: ignore[misc]
             return _described(shelf, version)
         reasons.append(f"{version.binary}: {problem}")
@@ -59,17 +87,17 @@ async def roll_back(spec: BuildSpec, around: Surroundings, say: Callable[[str], 
 
 def prune(spec: BuildSpec, in_use: Collection[Path]) -> tuple[str, ...]:
     """Remove old builds; return what could not be removed, and why. Blocks."""
-    shelf = layout.look(spec)
+    shelf, known = layout.look(spec), state.load(spec)
     kept = {str(each.path) for each in map(shelf.at, in_use) if each}
-    if shelf.live is None:
-        return ("old builds stay: binary_path leads to none of them",)
-    doomed = to_prune(
-        [each.on_disk() for each in shelf.found],
-        kept={*kept, str(shelf.live.path)},
-        previous=previous_directory(shelf, state.load(spec)),
-        keep=spec.keep_builds,
-    )
-    return tuple(problem for directory in doomed if (problem := _removed(Path(directory))))
+    builds = [each.on_disk(held=_is_held(each, known)) for each in shelf.found]
+    if shelf.live is None:  # then only of what was rejected can be told that nobody misses it
+        builds, unknown = [each for each in builds if each.held], len(builds)
+    else:
+        kept.add(str(shelf.live.path))
+        unknown = 0
+    doomed = to_prune(builds, kept=kept, previous=previous_directory(shelf, known), keep=spec.keep_builds)
+    problems = tuple(problem for directory in doomed if (problem := _removed(Path(directory))))
+    return (*problems, "old builds stay: binary_path leads to none of them") if unknown > len(builds) else problems
 
 
 def previous_directory(shelf: Shelf, known: State) -> str | None:
@@ -78,6 +106,11 @@ def previous_directory(shelf: Shelf, known: State) -> str | None:
     targets = rollback_targets(known.history, live.binary if live else None)
     there = (shelf.at(Path(version.binary)) for version in targets if layout.is_executable(Path(version.binary)))
     return next((str(each.path) for each in there if each), None)
+
+
+def _is_held(found: Found, known: State) -> bool:
+    args = found.manifest.build_args if found.manifest else ()
+    return hold_reason(known.held, found.commit, args) is not None
 
 
 def taboo(shelf: Shelf, known: State, in_use: Collection[Path]) -> set[Path]:
@@ -100,7 +133,7 @@ def _go_back(spec: BuildSpec, known: State, live: Installed | None, version: Ins
         held = with_hold(held, live.commit, Hold("rolled back"))
     _save(spec, State(known.history, held))
     layout.swap(spec, Path(version.binary))
-    _save(spec, State(remembered(known.history, version), held))
+    _save(spec, State(remembered(known.history, version), without_hold(held, version.commit)))
 
 
 def _described(shelf: Shelf, version: Installed) -> BuiltVersion:
@@ -110,8 +143,8 @@ def _described(shelf: Shelf, version: Installed) -> BuiltVersion:
     return BuiltVersion(str(path.parent.parent), str(path), version.commit, version.ref, live=True)
 
 
-async def _problem(binary: Path, around: Surroundings, say: Callable[[str], None]) -> str | None:
-    """Return why *binary* cannot be gone back to; None if it runs."""
+async def problem_of(binary: Path, around: Surroundings, say: Callable[[str], None]) -> str | None:
+    """Return why *binary* is of no use any more; None if it runs at all."""
     if not await settled(lambda: layout.is_executable(binary)):
         return "it is gone"
     try:

@@ -33,6 +33,8 @@ MANIFEST: Final = "mesh-build.json"
 MARKER: Final = "mesh-building.json"
 BINARY: Final = Path("bin", "llama-server")
 SOURCE_SUFFIX: Final = ".src"
+#: one of these is in every directory that we, or llamesh, began to build in; the last in llamesh's half-built ones
+_EVIDENCE: Final = (MANIFEST, MARKER, BINARY, "CMakeCache.txt")
 #: processes that were killed a moment ago may still write a file
 _REMOVE_ATTEMPTS = 10
 _REMOVE_PAUSE_S = 0.1
@@ -75,8 +77,8 @@ class Found:
         """Whether it may be used; llamesh's old ones only count for what is kept."""
         return self.has_binary and (self.manifest is not None or not self.marked)
 
-    def on_disk(self) -> OnDisk:
-        return OnDisk(str(self.path), self.made_at, self.finished)
+    def on_disk(self, *, held: bool) -> OnDisk:
+        return OnDisk(str(self.path), self.made_at, self.finished, held)
 
     def version(self, *, live: bool, previous: bool) -> BuiltVersion:
         known = self.manifest
@@ -113,16 +115,18 @@ def look(spec: BuildSpec) -> Shelf:
     """Return what is there now. Raise ``BuildError`` if the directory cannot be read."""
     pattern = re.compile(rf"{re.escape(spec.build_path.name)}(?:\.\d+)?-(?P<short>[0-9a-f]{{7,64}})")
     found: list[Found] = []
-    sources: list[Path] = []
+    sources: list[tuple[Path, str]] = []
     for path in _listed(spec.build_path.parent):
         name = path.name.removesuffix(SOURCE_SUFFIX)
         if not (match := pattern.fullmatch(name)) or path.is_symlink() or not path.is_dir():
             continue
         if name != path.name:
-            sources.append(path)
+            sources.append((path, name))
         elif each := _found(spec, path, match["short"]):
             found.append(each)
-    return Shelf(tuple(found), tuple(sources), target_of(spec))
+    ours = {each.path.name for each in found}
+    left = tuple(path for path, name in sources if name in ours or _is_worktree_or_empty(path))
+    return Shelf(tuple(found), left, target_of(spec))
 
 
 def target_of(spec: BuildSpec) -> Path | None:
@@ -134,7 +138,7 @@ def target_of(spec: BuildSpec) -> Path | None:
 def choose_directory(spec: BuildSpec, shelf: Shelf, short: str, commit: str, taboo: Collection[Path]) -> Path:
     """Return where *commit* is to be compiled: a name that is free, or one whose content is of no use to anybody.
 
-    *taboo* are directories that are live, in use, or what a rollback goes back to.
+    *taboo* are directories that are live, in use, or what a rollback goes back to. Others' are never chosen.
     """
     known = {each.path: each for each in shelf.found}
     number = 1
@@ -143,7 +147,9 @@ def choose_directory(spec: BuildSpec, shelf: Shelf, short: str, commit: str, tab
         path = spec.build_path.parent / f"{base}-{short}"
         each = known.get(path)
         again = each is not None and (each.manifest is None or _is_of(each, commit, spec.build_args))
-        if not os.path.lexists(path) or (again and path not in taboo):
+        source = path.with_name(path.name + SOURCE_SUFFIX)
+        theirs = os.path.lexists(source) and source not in shelf.sources
+        if not theirs and (not os.path.lexists(path) or (again and path not in taboo)):
             return path
         number += 1
 
@@ -194,17 +200,23 @@ def remove_tree(path: Path) -> None:
             time.sleep(_REMOVE_PAUSE_S)
 
 
-def swap(spec: BuildSpec, target: Path) -> None:
-    """Let ``binary_path`` lead to *target*, in one step; whoever starts it meanwhile gets the old one or the new one.
-
-    Raise ``BuildError`` rather than replace anything but a symlink.
-    """
+def check_link(spec: BuildSpec) -> None:
+    """Raise ``BuildError`` if there is something else than a symlink at ``binary_path``: it is not ours to replace."""
     link = spec.binary_path
     if os.path.lexists(link) and not link.is_symlink():
         raise BuildError(
             f"binary_path {link} is not a symlink, and builds put one there; "
             f"move that file away, or set enabled: false to run it as it is"
         )
+
+
+def swap(spec: BuildSpec, target: Path) -> None:
+    """Let ``binary_path`` lead to *target*, in one step; whoever starts it meanwhile gets the old one or the new one.
+
+    Raise ``BuildError`` rather than replace anything but a symlink.
+    """
+    check_link(spec)
+    link = spec.binary_path
     scratch = link.with_name(f".{link.name}.tmp.{os.getpid()}")
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +235,8 @@ def is_executable(path: Path) -> bool:
 
 
 def _found(spec: BuildSpec, path: Path, short: str) -> Found | None:
+    if not any((path / evidence).exists() for evidence in _EVIDENCE):
+        return None  # somebody else's: a date, for one, reads like a hash
     manifest, begun = _read(path / MANIFEST), _read(path / MARKER)
     if (known := manifest or begun) is not None and known.build != spec.name:
         return None  # of another build whose name reads like one of ours
@@ -233,6 +247,13 @@ def _found(spec: BuildSpec, path: Path, short: str) -> Found | None:
         return None
     marked = begun is not None or (path / MARKER).exists()
     return Found(path, short, manifest if has_binary else None, made_at, has_binary, marked)
+
+
+def _is_worktree_or_empty(path: Path) -> bool:
+    try:
+        return (path / ".git").is_file() or not any(path.iterdir())
+    except OSError:
+        return False
 
 
 def _is_of(found: Found, commit: str, build_args: tuple[str, ...]) -> bool:

@@ -45,10 +45,20 @@ class BuildLock:
         return lock
 
     @classmethod
+    async def taken(cls, path: Path) -> BuildLock | None:
+        """As ``take``, off the loop: a network mount may hang. If the caller is cancelled, the lock is let go."""
+        taking = asyncio.get_running_loop().run_in_executor(None, cls.take, path)
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(_let_go)
+            raise
+
+    @classmethod
     async def wait(cls, path: Path) -> BuildLock:
         """Return the lock on *path* as soon as it is free."""
         while True:
-            if (lock := cls.take(path)) is not None:
+            if (lock := await cls.taken(path)) is not None:
                 return lock
             await asyncio.sleep(POLL_S)
 
@@ -66,6 +76,11 @@ class BuildLock:
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
         except OSError:
             pass
+
+
+def _let_go(taking: asyncio.Future[BuildLock | None]) -> None:
+    if not taking.cancelled() and taking.exception() is None and (lock := taking.result()) is not None:
+        lock.release()
 
 
 def holder(path: Path) -> str:

@@ -80,6 +80,7 @@ class BuildManager:
         self._attempts: dict[int, tuple[Running, asyncio.Task[None]]] = {}
         self._background: list[asyncio.Task[None]] = []
         self._rollbacks: set[asyncio.Task[BuiltVersion | MeshError]] = set()
+        self._undecided: set[asyncio.Task[BuiltVersion | MeshError]] = set()  #: rollbacks that have changed nothing yet
         self._closed = False
 
     def start(self) -> None:
@@ -96,6 +97,8 @@ class BuildManager:
             task.cancel()
         for lane in self._lanes.values():
             self.cancel(lane.spec.name)
+        for rollback in self._undecided:
+            rollback.cancel()
         attempts = {task for _, task in self._attempts.values()}
         if left := {*self._background, *attempts, *self._rollbacks}:
             await asyncio.wait(left)
@@ -151,10 +154,16 @@ class BuildManager:
         to, ``BuildBusyError`` while the build is busy.
         """
         lane = self._lane(name)
-        task = spawn(self._roll_back(lane, self._exclusively(lane)), f"roll back {lane.spec.name}")
-        self._rollbacks.add(task)
-        task.add_done_callback(self._rollbacks.discard)
-        done: BuiltVersion | MeshError = await asyncio.shield(task)
+        lock = self._exclusively(lane)
+        task = spawn(self._roll_back(lane, lock, lambda: self._undecided.discard(task)), f"roll back {lane.spec.name}")
+        for tasks in (self._rollbacks, self._undecided):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        task.add_done_callback(lambda _: lock.release())  # also if it was cancelled before it began
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise DrainingError("this node is shutting down; nothing was rolled back")
+        done: BuiltVersion | MeshError = task.result()
         if isinstance(done, MeshError):
             raise done
         return done
@@ -179,7 +188,8 @@ class BuildManager:
         task = spawn(running.run(self._slot, lane.refresh), f"attempt {first.id} at build {lane.spec.name}")
         self._attempts[first.id] = (running, task)
         task.add_done_callback(lambda _: self._ended(lane, running))
-        for old in list(self._attempts)[:-_MAX_REMEMBERED]:
+        ended = [id for id, (_, task) in self._attempts.items() if task.done()]
+        for old in ended[:-_MAX_REMEMBERED]:  # never one that goes on: it must be possible to cancel it
             del self._attempts[old]
         return running
 
@@ -199,9 +209,9 @@ class BuildManager:
         self._events.publish("ended", data)
         return attempt
 
-    async def _roll_back(self, lane: Lane, lock: BuildLock) -> BuiltVersion | MeshError:
+    async def _roll_back(self, lane: Lane, lock: BuildLock, decided: Callable[[], None]) -> BuiltVersion | MeshError:
         try:
-            version = await install.roll_back(lane.spec, self._tools.around, _log.debug)
+            version = await install.roll_back(lane.spec, self._tools.around, _log.debug, decided)
         except MeshError as error:
             return error
         finally:

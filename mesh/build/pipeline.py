@@ -18,16 +18,16 @@ import msgspec
 from mesh.build import install, layout, state
 from mesh.build.command import Surroundings
 from mesh.build.compile import CompileError, StageReport, build, disk_is_full
-from mesh.build.layout import Manifest, Shelf
+from mesh.build.layout import Found, Manifest, Shelf
 from mesh.build.rejected import RejectedError
 from mesh.build.repository import Repository, Revision
 from mesh.build.spec import BuildSpec
 from mesh.build.state import State
-from mesh.build.status import Comparison, Outcome, Stage
+from mesh.build.status import DEFAULT_BUILD, Comparison, Outcome, Stage
 from mesh.build.threads import settled
 from mesh.core.build_policy import Hold, Installed, hold_reason
 from mesh.core.build_progress import is_transient, parse
-from mesh.errors import BuildError
+from mesh.errors import BuildError, MeshError
 from mesh.logs import Log
 
 __all__ = ["Pipeline", "Report", "Request", "Result", "StageReport", "Tester", "Tools"]
@@ -104,11 +104,12 @@ class Pipeline:
 
         May be cancelled at any time; once the stage is INSTALLING that comes too late.
         """
+        await settled(partial(layout.check_link, self._spec))  # hours later it would be of no use to anybody
         self._report.stage(Stage.FETCHING, None, None)
         revision = await self._repository.find(self._request.ref)
         self._report.commit(revision.commit)
         shelf, known = await settled(self._look)
-        usable = None if self._request.force else shelf.usable(revision.commit, self._spec.build_args)
+        usable = None if self._request.force else await self._usable(shelf, revision)
         if usable is not None and usable is shelf.live:
             adopted = "made by llamesh or by hand: with which build_args is not known; --force builds it anew"
             return Result(Outcome.UNCHANGED, notes=() if usable.manifest else (adopted,))
@@ -117,6 +118,17 @@ class Pipeline:
             text = f"{revision.short} is held back ({why}); llama-mesh rebuild {self._spec.name} tries it again"
             return Result(Outcome.SKIPPED, notes=(text,))
         return await self._judged(revision, shelf, known, usable.path if usable else None)
+
+    async def _usable(self, shelf: Shelf, revision: Revision) -> Found | None:
+        """Return the build of *revision* that is there already, if it still runs: a driver may have changed since."""
+        found = shelf.usable(revision.commit, self._spec.build_args)
+        if found is None:
+            return None
+        problem = await install.problem_of(found.binary, self._tools.around, self._report.say)
+        if problem is None:
+            return found
+        self._report.say(f"{found.binary} does not run any more, so it is built anew: {problem}")
+        return None
 
     def _on_git(self, line: str) -> None:
         if (progress := parse(line)) is not None:
@@ -139,6 +151,7 @@ class Pipeline:
         except (CompileError, RejectedError) as error:
             why = Hold(error.message.splitlines()[0][:300] if error.message else "", self._spec.build_args)
             await settled(partial(install.hold, self._spec, revision.commit, why))
+            await self._prune_rejected()
             raise
         await settled(partial(self._note_speeds, directory, comparisons))
         more = await self._install(revision, directory)
@@ -203,15 +216,41 @@ class Pipeline:
                 _log.warning("speeds were not written down", directory=str(directory), error=error.strerror)
 
     async def _install(self, revision: Revision, directory: Path) -> tuple[str, ...]:
+        over = await self._instead_of()
         self._report.stage(Stage.INSTALLING, None, None)
         version = Installed(str(directory / layout.BINARY), revision.commit, self._request.ref)
-        await settled(partial(install.put_in_force, self._spec, version))
+        notes = self._chosen(await settled(partial(install.put_in_force, self._spec, version, by_hand_over=over)))
         try:
             self._tools.on_installed(self._spec.name)
-            return await self._prune()
+            return (*notes, *await self._prune())
         except Exception:  # it is installed, whatever happens now
             _log.exception("a build was installed, but what follows that failed", build=self._spec.name)
-            return ("it was installed, but what follows an installation failed; see the log",)
+            return (*notes, "it was installed, but what follows an installation failed; see the log")
+
+    async def _instead_of(self) -> str | None:
+        """Return the commit of the configured branch if somebody asked for another one ("": not known), else None."""
+        if not self._request.by_hand or self._request.ref == self._spec.ref:
+            return None
+        try:
+            return await self._repository.tip(self._spec.ref)
+        except BuildError as error:
+            self._report.say(f"what {self._spec.ref} means now is not known: {error.message}")
+            return ""
+
+    def _chosen(self, held: tuple[str, ...]) -> tuple[str, ...]:
+        if not held:
+            return ()
+        name = "" if self._spec.name == DEFAULT_BUILD else f" {self._spec.name}"
+        until = f"it stays until {self._spec.ref} moves on, or 'llama-mesh rebuild{name}' asks for that again"
+        return (f"chosen by hand instead of {self._spec.ref}; {until}",)
+
+    async def _prune_rejected(self) -> None:
+        """Remove what is too much, so that one rejection after the other does not fill the disk."""
+        try:
+            for problem in await self._prune():
+                _log.warning("an old build stays", build=self._spec.name, why=problem)
+        except (MeshError, OSError) as error:
+            _log.warning("old builds stay", build=self._spec.name, error=str(error))
 
     async def _prune(self) -> tuple[str, ...]:
         problems = await settled(partial(install.prune, self._spec, tuple(self._tools.in_use())))

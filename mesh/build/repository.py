@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from mesh.build.command import Command, CommandError, Surroundings, run, without_passwords
 from mesh.build.layout import remove_tree
 from mesh.build.lock import BuildLock, holder
+from mesh.build.remote import NAME, remote_of
 from mesh.build.spec import BuildSpec
 from mesh.build.threads import settled
 from mesh.errors import BuildError
@@ -53,7 +54,9 @@ _REMOVE_LIMIT_S = 20.0
 SHORTEST: Final = 7
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHORT_HASH = re.compile(r"[0-9a-f]{4,64}")
-_LISTED = re.compile(r"(?P<hash>[0-9a-f]{40,64})\t(?P<name>refs/\S+)$")
+_LISTED = re.compile(r"(?P<hash>[0-9a-f]{40,64})\t(?P<name>HEAD|refs/\S+)$")
+#: what only those can write who may push there. Elsewhere, as in refs/pull of GitHub, is anybody's code
+_PUSHED = ("refs/heads/", "refs/tags/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ class Repository:
 
     def __init__(self, spec: BuildSpec, around: Surroundings, say: Callable[[str], None]) -> None:
         assert spec.repo_url is not None
-        self._url = spec.repo_url
+        self._remote = remote_of(spec.repo_url)
+        self._configured = spec.ref
         self._path = spec.repo_path
         self._around = around
         self._say = say
@@ -77,7 +81,10 @@ class Repository:
     async def find(self, ref: str) -> Revision:
         """Return what *ref* means at ``repo_url`` now; its objects are in the local repository afterwards.
 
-        A full hash that is known already needs no network. Raise ``BuildError`` if *ref* is unknown, or git fails.
+        What is configured may be anything that the other side has. Else *ref* is a branch, a tag, HEAD, or a commit
+        that one of those leads to: by other names, or by its hash, anybody's commit can be had from a server that
+        hosts forks and pull requests, and it would be run here. A full hash that is known already needs no network.
+        Raise ``BuildError`` if *ref* is unknown, or git fails.
         """
         if ref.startswith("-") or not ref.strip():
             raise BuildError(f"{ref!r} is no branch, tag or commit")
@@ -86,6 +93,15 @@ class Repository:
             commit = await self._find(ref)
         return await asyncio.to_thread(self._revision, commit)
 
+    async def tip(self, ref: str) -> str:
+        """Return the commit that *ref* means at ``repo_url`` now, "" if it is no name; nothing is fetched."""
+        if _HASH.fullmatch(ref):
+            return ref
+        async with self._alone():
+            await self._ensure()
+            listed = await self._listed(ref)
+        return next((listed.get(f"{name}^{{}}", listed[name]) for name in self._names(ref) if name in listed), "")
+
     async def lay_out(self, commit: str, source: Path) -> None:
         """Put the files of *commit*, with submodules, into the new directory *source*."""
         async with self._alone():
@@ -93,6 +109,7 @@ class Repository:
             force = ("--force", "--force")  # also if a killed node left it half made
             await self._git("worktree", "add", "--detach", *force, "--", str(source), commit, at=self._path)
             if (source / ".gitmodules").exists():
+                await self._git("submodule", "init", at=source, as_origin=True)
                 await self._git("submodule", "update", "--init", "--recursive", "--progress", at=source)
 
     async def remove(self, source: Path) -> None:
@@ -112,62 +129,73 @@ class Repository:
         """Have a repository at ``repo_path``; whatever else is in that directory stays as it is."""
         if _is_repository(self._path):
             return
-        scratch = self._path.with_name(f"{self._path.name}.clone")
         try:
-            await asyncio.to_thread(remove_tree, scratch)
             self._path.mkdir(parents=True, exist_ok=True)
-            await self._git("clone", "--no-checkout", "--progress", "--", self._url, str(scratch), at=self._path.parent)
-            (scratch / ".git").rename(self._path / ".git")  # whole or not at all
         except OSError as error:
             raise BuildError(f"cannot make repo_path {self._path}: {error.strerror}") from error
-        finally:
-            await asyncio.to_thread(remove_tree, scratch)
+        await self._git("init", "--quiet", at=self._path)  # killed in the middle of it, it goes on the next time
 
     async def _find(self, ref: str) -> str:
-        known: bool = await asyncio.to_thread(self._has, ref)
-        if known and _HASH.fullmatch(ref):
-            return ref
+        if _HASH.fullmatch(ref) and (known := await asyncio.to_thread(self._allowed, ref)):
+            return known
         listed = await self._listed(ref)
-        for name, hash_name in ((f"refs/heads/{ref}", ""), (f"refs/tags/{ref}", "^{}"), (ref, "")):
+        for name in self._names(ref):
             if name in listed:
-                return await self._fetched(name, listed.get(name + hash_name, listed[name]))
+                return await self._fetched(name, listed.get(f"{name}^{{}}", listed[name]))
         if not _SHORT_HASH.fullmatch(ref):
-            raise BuildError(f"{self._shown_url} has no branch or tag {ref!r}; correct llama_cpp.branch")
+            raise BuildError(f"{self._shown_url} has no branch or tag {ref!r}{self._advice(ref)}")
         return await self._hash(ref)
 
+    def _names(self, ref: str) -> tuple[str, ...]:
+        """Return what *ref* may be called in full, the first one first."""
+        as_it_is = ref == self._configured or ref == "HEAD" or ref.startswith(_PUSHED)
+        return (*(space + ref for space in _PUSHED), *((ref,) if as_it_is else ()))
+
+    def _advice(self, ref: str) -> str:
+        if ref == self._configured:
+            return "; correct llama_cpp.branch"
+        return "; anything else is built only if llama_cpp.branch says so" if ref.startswith("refs/") else ""
+
     async def _listed(self, ref: str) -> dict[str, str]:
-        """Return name -> hash of what the other side calls *ref*."""
-        patterns = (f"refs/heads/{ref}", f"refs/tags/{ref}", f"refs/tags/{ref}^{{}}", ref)
+        """Return name -> hash of what the other side calls *ref*; with ``^{}`` that of the commit of a tag."""
+        patterns = [pattern for name in self._names(ref) for pattern in (name, f"{name}^{{}}")]
         lines: list[str] = []
-        await self._git("ls-remote", "--", self._url, *patterns, at=self._path, hear=lines.append)
+        await self._git("ls-remote", "--", NAME, *patterns, at=self._path, hear=lines.append)
         found = (_LISTED.match(line) for line in lines)
         return {line["name"]: line["hash"] for line in found if line}
 
     async def _fetched(self, name: str, commit: str) -> str:
+        pushed = name == "HEAD" or name.startswith(_PUSHED)
+        kept = f"{self._kept_ref}/{'head' if pushed else 'other'}"
         if await asyncio.to_thread(self._has, commit):
+            await asyncio.to_thread(self._keep, kept, commit)
             return commit
-        await self._fetch(f"+{name}:{self._kept_ref}/head")
-        return await asyncio.to_thread(self._parse, f"{self._kept_ref}/head")  # it may have moved on meanwhile
+        await self._fetch(f"+{name}:{kept}")
+        return await asyncio.to_thread(self._parse, kept)  # it may have moved on meanwhile
 
     async def _hash(self, ref: str) -> str:
         """Return the commit that *ref*, a hash or its beginning, stands for."""
-        with contextlib.suppress(BuildError):
-            return await asyncio.to_thread(self._parse, ref)
-        if _HASH.fullmatch(ref):
+        if known := await asyncio.to_thread(self._allowed, ref):
+            return known
+        if _HASH.fullmatch(ref) and ref == self._configured:
             with contextlib.suppress(CommandError):  # not every server gives out commits by hash
-                await self._fetch(f"+{ref}:{self._kept_ref}/head")
+                await self._fetch(f"+{ref}:{self._kept_ref}/other")
                 return ref
         spaces = [f"+refs/{space}/*:{self._kept_ref}/{space}/*" for space in ("heads", "tags")]
         await self._fetch(*spaces, prune=True)
-        try:
-            return await asyncio.to_thread(self._parse, ref)
-        except BuildError as error:
-            raise BuildError(f"{self._shown_url} has no branch, tag or commit {ref!r}") from error
+        if known := await asyncio.to_thread(self._allowed, ref):
+            return known
+        if await asyncio.to_thread(self._has, ref):
+            raise BuildError(
+                f"{ref} is on no branch and no tag of {self._shown_url}: it may be anybody's, from a pull request or a "
+                f"fork. Set llama_cpp.branch to it if it is to be built all the same"
+            )
+        raise BuildError(f"{self._shown_url} has no branch, tag or commit {ref!r}")
 
     async def _fetch(self, *refspecs: str, prune: bool = False) -> None:
         await asyncio.to_thread(self._unlock)
-        options = ("--no-tags", "--force", "--progress", *(["--prune"] if prune else []))
-        await self._git("fetch", *options, "--", self._url, *refspecs, at=self._path)
+        options = ("--no-tags", "--no-write-fetch-head", "--force", "--progress", *(["--prune"] if prune else []))
+        await self._git("fetch", *options, "--", NAME, *refspecs, at=self._path)
 
     def _unlock(self) -> None:
         """Remove locks on our own refs that a killed git left; we hold the lock, so nobody is at work there."""
@@ -181,9 +209,12 @@ class Repository:
             await self._git("worktree", "remove", "--force", "--force", "--", str(source), at=at, hear=hear)
         await asyncio.to_thread(remove_tree, source)
 
-    async def _git(self, *args: str, at: Path, hear: Callable[[str], None] | None = None) -> None:
+    async def _git(
+        self, *args: str, at: Path, hear: Callable[[str], None] | None = None, as_origin: bool = False
+    ) -> None:
         config = [word for setting in _CONFIG for word in ("-c", setting)]
-        env = _ENV | {"GIT_CEILING_DIRECTORIES": str(self._path.parent)}  # never a repository that we only live in
+        env = _ENV | self._remote.environment(self._around.environ(), as_origin=as_origin)
+        env["GIT_CEILING_DIRECTORIES"] = str(self._path.parent)  # never a repository that we only live in
         argv = ("git", *config, *args)
         command = Command(argv, cwd=at, extra_env=env, max_silence_s=_MAX_SILENCE_S)
         try:
@@ -195,9 +226,9 @@ class Repository:
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
         """Keep other nodes out that share ``repo_path`` but not ``build_path``."""
-        path = self._path.with_name(f"{self._path.name}.lock")
-        if (lock := BuildLock.take(path)) is None:
-            self._say(f"waiting for {holder(path)}, which uses {self._path}")
+        path = lock_path(self._path)
+        if (lock := await BuildLock.taken(path)) is None:
+            self._say(f"waiting for {await asyncio.to_thread(holder, path)}, which uses {self._path}")
             lock = await BuildLock.wait(path)
         try:
             yield
@@ -207,9 +238,27 @@ class Repository:
     # -- in a thread: GitPython
 
     def _has(self, commit: str) -> bool:
+        """Whether *commit*, a hash or its beginning, is here."""
         with contextlib.suppress(BuildError):
-            return bool(self._parse(commit) == commit)
+            return self._parse(commit).startswith(commit)
         return False
+
+    def _allowed(self, ref: str) -> str:
+        """Return the commit that *ref*, a hash or its beginning, means here; "" if not known or anybody's."""
+        try:
+            commit = self._parse(ref)
+        except BuildError:
+            return ""
+        if ref == self._configured:
+            return commit
+        with _opened(self._path) as repo:  # "head*": what was fetched last, and the branches; not "other"
+            pushed = [f"--glob={self._kept_ref}/{space}*" for space in ("head", "tags/")]
+            return commit if not repo.git.rev_list("--max-count=1", commit, "--not", *pushed) else ""
+
+    def _keep(self, kept: str, commit: str) -> None:
+        self._unlock()
+        with _opened(self._path) as repo:
+            repo.git.update_ref(kept, commit)
 
     def _parse(self, name: str) -> str:
         with _opened(self._path) as repo:
@@ -222,11 +271,17 @@ class Repository:
 
     @property
     def _shown_url(self) -> str:
-        return without_passwords(self._url)
+        return without_passwords(self._remote.url)
+
+
+def lock_path(repo_path: Path) -> Path:
+    """Return what keeps two out of *repo_path*. No build's lock has that name, also if they build in the same place."""
+    return repo_path.with_name(f".{repo_path.name}.git.lock")
 
 
 def _is_repository(path: Path) -> bool:
-    return (path / ".git").exists() or ((path / "HEAD").is_file() and (path / "objects").is_dir())
+    bare = (path / ".git").is_file() or ((path / "HEAD").is_file() and (path / "objects").is_dir())
+    return bare or ((path / ".git" / "HEAD").is_file() and (path / ".git" / "objects").is_dir())
 
 
 @contextmanager
@@ -251,6 +306,8 @@ def _words(error: Exception) -> str:
 def _why(error: CommandError) -> str:
     """Return git's complaint, with the line before it: ssh's, if it was that which failed."""
     lines = list(error.log_tail)
+    if any(f"'{NAME}' does not appear to be a git repository" in line for line in lines):
+        return "this git is too old; update it to 2.31 or later"
     at = next((i for i, line in enumerate(lines) if line.startswith(("fatal:", "error:"))), len(lines) - 1)
     return "; ".join(lines[max(0, at - 1) : at + 1]) or "it said nothing"
 

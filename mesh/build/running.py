@@ -63,6 +63,10 @@ class Running:
             self._failed(Outcome.CANCELLED, "cancelled; what ran before runs on")
         except MeshError as error:
             self._error(error)
+        except OSError as error:  # nobody's fault in particular: no descriptor left, a disk that fails
+            why = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+            _log.warning("a build met an error of the system", build=self._spec.name, error=str(error))
+            self._error(BuildError(f"the system did not let us build ({why}); what ran before runs on"))
         except Exception as error:
             _log.exception("a build failed in a way that nobody thought of", build=self._spec.name)
             self._failed(Outcome.FAILED, f"internal error: {error!r}; see the log")

@@ -23,6 +23,7 @@ from mesh.errors import BuildError, InstanceError
 from mesh.host.logring import LogRing
 from mesh.host.ports import PortAllocator, is_free
 from mesh.host.process import Process
+from mesh.host.warden import Warden
 
 #: a first start may wait for the GPU's driver to compile kernels for a new kind of GPU
 READY_LIMIT_S: Final = 300.0
@@ -44,6 +45,10 @@ _WITHHELD: Final = re.compile(r"LLAMA_ARG_|LLAMA_API_KEY$")
 #: core all would wait for whatever else runs on one of them: on half of the cores the scatter is far smaller.
 _ARGS: Final = ("-c", "2048", "-np", "1", "-t", str(max(1, (os.cpu_count() or 1) // 2)))
 _SHOWN_CHARACTERS: Final = 300
+#: an honest answer has some kilobytes
+MAX_ANSWER_BYTES: Final = 4 * 1024**2
+#: what a line takes of our memory beside its text
+_LINE_BYTES: Final = 128
 
 
 class ServerFailedError(BuildError):
@@ -87,19 +92,22 @@ class Connection:
 
     async def healthy(self) -> bool:
         """Whether GET /health answers 200."""
-        with contextlib.suppress(httpx.HTTPError):
-            return (await self._client.get("/health", timeout=PROBE_LIMIT_S)).status_code == 200
+        with contextlib.suppress(httpx.HTTPError, TimeoutError):
+            async with (
+                asyncio.timeout(PROBE_LIMIT_S),
+                self._client.stream("GET", "/health", timeout=None) as response,  # who knows how much it answers
+            ):
+                return response.status_code == 200
         return False
 
     async def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> list[Line]:
         """Return the lines that answer a POST; raise ``ServerFailedError`` if it is refused or not answered in full."""
-        loop = asyncio.get_running_loop()
         try:
             async with (
                 asyncio.timeout(limit_s),
                 self._client.stream("POST", path, json=dict(body), timeout=None) as response,
             ):
-                lines = [Line(loop.time(), line) async for line in response.aiter_lines()]
+                lines = await _lines(response, path)
         except TimeoutError as error:
             raise ServerFailedError(f"POST {path} was not answered within {limit_s:.0f} s") from error
         except httpx.HTTPError as error:
@@ -114,11 +122,29 @@ class Connection:
         await self._client.aclose()
 
 
+async def _lines(response: httpx.Response, path: str) -> list[Line]:
+    """Return the lines of *response*. Raise ``ServerFailedError`` if there is no end to it: it is our memory."""
+    loop, lines, size, rest = asyncio.get_running_loop(), list[Line](), 0, bytearray()
+    async for data in response.aiter_bytes():
+        size += len(data) + _LINE_BYTES * data.count(b"\n")
+        if size > MAX_ANSWER_BYTES:
+            raise ServerFailedError(f"POST {path} was answered with more than {MAX_ANSWER_BYTES >> 20} MiB")
+        rest += data
+        if b"\n" in data:
+            *whole, rest = rest.split(b"\n")
+            lines += [Line(loop.time(), _text(line)) for line in whole]
+    return [*lines, Line(loop.time(), _text(rest))] if rest else lines
+
+
+def _text(line: bytearray) -> str:
+    return line.decode("utf-8", "replace").removesuffix("\r")
+
+
 class Child:
     """A process, the promise of its end, and what it printed."""
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        """Start *argv*; raise ``ServerFailedError`` if that is impossible."""
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], warden: Warden | None = None) -> None:
+        """Start *argv*; raise ``ServerFailedError`` if that is impossible. With a *warden* it dies with the node."""
         self.ring = LogRing()
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         env = {name: value for name, value in env.items() if not _WITHHELD.match(name)}
@@ -126,7 +152,14 @@ class Child:
             "OMP_WAIT_POLICY", "passive"
         )  # spinning at barriers beside other load, it would be that we measure
         try:
-            self._process = Process.start(argv, env=env, on_exit=self._ended.set_result, ring=self.ring)
+            self._process = Process.start(
+                argv,
+                env=env,
+                on_exit=self._ended.set_result,
+                ring=self.ring,
+                warden=warden,
+                whole_session=True,  # it may be an operator's wrapper, whose llama-server has a group of its own
+            )
         except InstanceError as error:
             raise ServerFailedError(error.message) from error
 
@@ -162,10 +195,19 @@ class Child:
 class ServerUnderTest:
     """``async with ServerUnderTest(...)``: ready inside, gone afterwards, also after a cancellation."""
 
-    def __init__(self, argv: Sequence[str], model: Path, *, args: Sequence[str] = (), env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        model: Path,
+        *,
+        args: Sequence[str] = (),
+        env: Mapping[str, str],
+        warden: Warden | None = None,
+    ) -> None:
         """*args* come after our own and so win over them."""
         self._argv = (*argv, "-m", str(model), *_ARGS, *args, "--host", HOST)
         self._env = env
+        self._warden = warden
         self._child: Child | None = None
         self._connection: Connection | None = None
 
@@ -208,7 +250,7 @@ class ServerUnderTest:
         return await self._child.ended(STOP_LIMIT_S)
 
     async def _start(self, port: int) -> None:
-        self._child = Child((*self._argv, "--port", str(port)), self._env)
+        self._child = Child((*self._argv, "--port", str(port)), self._env, self._warden)
         self._connection = Connection(f"http://{HOST}:{port}")
         try:
             await _ready(self._child, self._connection)

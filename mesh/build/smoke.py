@@ -1,6 +1,7 @@
 """Does a new llama-server work at all? It must start, load the tiny model, say its sentence, and end when told to.
 
-Each step that fails is a ``RejectedError`` that says which one, why, what to do, and how the process ended.
+Each step that fails is a ``RejectedError`` that says which one, why, what to do, and how the process ended; unless it
+lacked memory, which may be there the next time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from mesh.build.server_under_test import (
     data_of,
 )
 from mesh.core.exits import Cause
+from mesh.errors import BuildError
+from mesh.host.warden import Warden
 from mesh.models.tiny_model import SENTENCE
 
 #: a cold start reads the binary and its libraries from a disk that has just written them
@@ -77,76 +80,98 @@ class Smoked:
 
 
 async def smoke(
-    binary: Path, model: Path, *, env: Mapping[str, str], say: Callable[[str], None], args: Sequence[str] = ()
+    binary: Path,
+    model: Path,
+    *,
+    env: Mapping[str, str],
+    say: Callable[[str], None],
+    args: Sequence[str] = (),
+    warden: Warden | None = None,
 ) -> Smoked:
-    """Try *binary* on *model*, the tiny one. Raise ``RejectedError`` if it fails. *args* are added to its arguments."""
-    say(f"{binary} --version: {await _version(binary, env)}")
+    """Try *binary* on *model*, the tiny one. *args* are added to its arguments; it dies with the node by *warden*.
+
+    Raise ``RejectedError`` if it fails, another ``BuildError`` if there is no memory for it.
+    """
+    trial = _Trial(binary, model, args, say, warden)
+    say(f"{binary} --version: {await trial.version(env)}")
     try:
-        return Smoked(await _serve(binary, model, env, args, say))
-    except RejectedError as error:
+        return Smoked(await trial.serve(env))
+    except BuildError as error:
         if not _lacks_memory(error):
             raise
         say(f"{error.message}; once more without the GPUs")
-    return Smoked((CPU_NOTE, *await _serve(binary, model, {**env, **GPUS_HIDDEN}, args, say)), on_cpu=True)
+    return Smoked((CPU_NOTE, *await trial.serve({**env, **GPUS_HIDDEN})), on_cpu=True)
 
 
-def rejected(step: str, error: ServerFailedError) -> RejectedError:
-    """Return the rejection for *error*, which happened in *step*, with a hint at what to do."""
+def rejected(step: str, error: ServerFailedError) -> BuildError:
+    """Return the rejection for *error*, which happened in *step*, with a hint at what to do.
+
+    Where memory was lacking, that is no fault of the build: it is another error, after which it is tried again.
+    """
+    if error.cause is Cause.MEMORY:
+        why = f"the new llama-server could not be tested ({step}) for lack of memory: {error.message}"
+        return BuildError(why, exit_status=error.exit_status, log_tail=error.log_tail)
     text = "\n".join((error.message, *error.log_tail))
     fix = next((f"; {fix}" for pattern, fix in _FIXES if pattern.search(text)), "")
     message = f"the new llama-server failed its test ({step}): {error.message}{fix}"
     return RejectedError(message, exit_status=error.exit_status, log_tail=error.log_tail)
 
 
-def _lacks_memory(error: RejectedError) -> bool:
+def _lacks_memory(error: BuildError) -> bool:
     return isinstance(error.__cause__, ServerFailedError) and error.__cause__.cause is Cause.MEMORY
 
 
-async def _version(binary: Path, env: Mapping[str, str]) -> str:
-    """Return what it says of itself."""
-    step = "--version"
-    try:
-        child = Child((str(binary), "--version"), env)
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    binary: Path
+    model: Path
+    args: Sequence[str]
+    say: Callable[[str], None]
+    warden: Warden | None
+
+    async def version(self, env: Mapping[str, str]) -> str:
+        """Return what it says of itself."""
+        step = "--version"
         try:
-            returncode = await child.ended(VERSION_LIMIT_S)
-        finally:
-            await child.kill()
-        if returncode is None:
-            raise ServerFailedError(
-                f"it did not end within {VERSION_LIMIT_S:.0f} s", log_tail=child.ring.tail(TAIL_LINES)
-            )
-        if returncode != 0:
-            raise child.failure("it did not succeed")
-    except ServerFailedError as error:
-        raise rejected(step, error) from error
-    lines = child.ring.tail()
-    return next((line for line in lines if line.startswith("version")), lines[0] if lines else "it says nothing")
-
-
-async def _serve(
-    binary: Path, model: Path, env: Mapping[str, str], args: Sequence[str], say: Callable[[str], None]
-) -> tuple[str, ...]:
-    """Load, ask twice, stop; return notes."""
-    step = "loading a tiny model"
-    try:
-        async with ServerUnderTest((str(binary),), model, args=args, env=env) as server:
-            say("it has loaded the tiny model")
-            step = "a chat completion"
-            _check(server, _whole_answer(server, await server.post(_CHAT, _QUESTION, ANSWER_LIMIT_S)))
-            step = "a streamed chat completion"
-            lines = await server.post(_CHAT, {**_QUESTION, "stream": True}, ANSWER_LIMIT_S)
-            _check(server, _streamed_answer(server, lines))
-            say(f'it said "{SENTENCE}" twice')
-            step = "stopping"
-            returncode = await server.stop()
+            child = Child((str(self.binary), "--version"), env, self.warden)
+            try:
+                returncode = await child.ended(VERSION_LIMIT_S)
+            finally:
+                await child.kill()
             if returncode is None:
-                raise server.failure(f"it still ran {STOP_LIMIT_S:.0f} s after SIGTERM")
-    except ServerFailedError as error:
-        raise rejected(step, error) from error
-    notes = [] if any(line.text == _DONE for line in data_of(lines)) else [DONE_NOTE]
-    if returncode not in _ENDED_WELL:
-        notes.append(f"the new llama-server works, but ended with exit status {returncode} when it was told to stop")
-    return tuple(notes)
+                raise ServerFailedError(
+                    f"it did not end within {VERSION_LIMIT_S:.0f} s", log_tail=child.ring.tail(TAIL_LINES)
+                )
+            if returncode != 0:
+                raise child.failure("it did not succeed")
+        except ServerFailedError as error:
+            raise rejected(step, error) from error
+        lines = child.ring.tail()
+        return next((line for line in lines if line.startswith("version")), lines[0] if lines else "it says nothing")
+
+    async def serve(self, env: Mapping[str, str]) -> tuple[str, ...]:
+        """Load, ask twice, stop; return notes."""
+        step, argv = "loading a tiny model", (str(self.binary),)
+        try:
+            async with ServerUnderTest(argv, self.model, args=self.args, env=env, warden=self.warden) as server:
+                self.say("it has loaded the tiny model")
+                step = "a chat completion"
+                _check(server, _whole_answer(server, await server.post(_CHAT, _QUESTION, ANSWER_LIMIT_S)))
+                step = "a streamed chat completion"
+                lines = await server.post(_CHAT, {**_QUESTION, "stream": True}, ANSWER_LIMIT_S)
+                _check(server, _streamed_answer(server, lines))
+                self.say(f'it said "{SENTENCE}" twice')
+                step = "stopping"
+                returncode = await server.stop()
+                if returncode is None:
+                    raise server.failure(f"it still ran {STOP_LIMIT_S:.0f} s after SIGTERM")
+        except ServerFailedError as error:
+            raise rejected(step, error) from error
+        notes = [] if any(line.text == _DONE for line in data_of(lines)) else [DONE_NOTE]
+        if returncode not in _ENDED_WELL:
+            how = f"ended with exit status {returncode} when it was told to stop"
+            notes.append(f"the new llama-server works, but {how}")
+        return tuple(notes)
 
 
 def _check(server: ServerUnderTest, said: str) -> None:

@@ -14,7 +14,7 @@ class Stage(StrEnum):
     """Where an attempt is, in this order; stages may be left out."""
 
     WAITING = "waiting"  #: for another process that builds in the same place
-    FETCHING = "fetching"  #: git clone or fetch
+    FETCHING = "fetching"  #: git fetch
     PREPARING = "preparing"  #: the sources of one commit are laid out
     CONFIGURING = "configuring"  #: cmake -S … -B …
     COMPILING = "compiling"  #: cmake --build

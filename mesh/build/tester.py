@@ -16,6 +16,7 @@ from mesh.build.smoke import smoke
 from mesh.build.spec import BuildSpec
 from mesh.build.status import Comparison, Stage
 from mesh.errors import BuildError
+from mesh.host.warden import Warden
 from mesh.models import tiny_model
 
 MODEL_NAME: Final = "tiny-model.gguf"
@@ -25,15 +26,21 @@ class BuildTester:
     """Tests builds on this machine. A ``mesh.build.pipeline.Tester``."""
 
     def __init__(
-        self, env: Callable[[], Mapping[str, str]], trials: Trials | None = None, *, args: Sequence[str] = ()
+        self,
+        env: Callable[[], Mapping[str, str]],
+        trials: Trials | None = None,
+        *,
+        args: Sequence[str] = (),
+        warden: Warden | None = None,
     ) -> None:
         """*env* gives the environment of a child, without the node's secrets; *trials* lends models of the cookbook.
 
-        *args* are added to the llama-server's arguments.
+        *args* are added to the llama-server's arguments. The *warden* ends what the node leaves if it is killed.
         """
         self._env = env
         self._trials = trials
         self._args = tuple(args)
+        self._warden = warden
 
     async def test(
         self,
@@ -51,7 +58,7 @@ class BuildTester:
         model, env = spec.build_path.parent / MODEL_NAME, self._env()
         stage(Stage.TESTING, None, None)
         await _ensure(model)
-        smoked = await smoke(binary, model, env=env, say=say, args=self._args)
+        smoked = await smoke(binary, model, env=env, say=say, args=self._args, warden=self._warden)
         if smoked.on_cpu:
             env = {**env, **GPUS_HIDDEN}
 
@@ -61,7 +68,15 @@ class BuildTester:
         if old is not None and _same(binary, old):  # built again in its place: there is no old one any more
             old = None
         tiny, notes = await compare_tiny(
-            old, binary, model, max_slowdown=spec.max_slowdown, env=env, say=say, progress=progress, args=self._args
+            old,
+            binary,
+            model,
+            max_slowdown=spec.max_slowdown,
+            env=env,
+            say=say,
+            progress=progress,
+            args=self._args,
+            warden=self._warden,
         )
         comparisons, notes = (tiny,), (*smoked.notes, *notes)
         if spec.canary_profile is None or self._trials is None:
@@ -71,6 +86,7 @@ class BuildTester:
                 self._trials,
                 spec.canary_profile,
                 binary,
+                old=None if self._trials.runs_by_default(spec.canary_profile, spec.name) else old,
                 has_old=old is not None,
                 max_slowdown=spec.max_slowdown,
                 say=say,

@@ -17,8 +17,8 @@ from mesh.cli.build_watch import follow, poll
 from mesh.cli.failure import FAILED, INTERRUPTED, OK, USAGE, CliError
 from mesh.cli.output import print_json, stderr_console, stdout_console
 
-#: A rollback runs the old binary once.
-_ROLLBACK_S = 120.0
+#: A rollback runs the old binary once; a node that asks another one waits for 120 s.
+_ROLLBACK_S = 150.0
 _BUSY = 409
 
 

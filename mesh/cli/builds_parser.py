@@ -10,7 +10,7 @@ _REBUILD = """\
 examples:
   llama-mesh rebuild                       fetch, compile, test and install the newest llama.cpp, and watch it
   llama-mesh rebuild cuda                  the one that 'builds:' of config.yaml calls cuda
-  llama-mesh rebuild --branch b6123        another branch, tag or commit, this time
+  llama-mesh rebuild --branch b6123        another branch, tag or commit, until llama_cpp.branch moves on
   llama-mesh rebuild --force               also if that commit runs already
   llama-mesh rebuild --cancel              stop the one in progress
   llama-mesh rebuild --everywhere          on every node of the mesh, side by side
@@ -19,6 +19,8 @@ examples:
 The node serves all the while. A new llama-server must load a tiny model, answer, stream and stop, and be about as
 fast as the one before (max_slowdown); else it is not installed. Once it is, instances are replaced one by one as
 their requests end. If a rebuild is in progress already, that one is watched. Ctrl-C ends the watching only.
+
+--branch takes what is on a branch or tag of repo_url, on this node only; llama_cpp.branch may name anything else, too.
 
 exit status: 0 installed, or that commit runs already; 1 failed, rejected or cancelled; 130 Ctrl-C, the build goes on
 """
@@ -38,8 +40,8 @@ examples:
   llama-mesh builds --everywhere           of every node of the mesh
   llama-mesh builds --json | jq -r '.builds[] | {name, live_commit}'
 
-STATE   live (new instances run it), previous ('llama-mesh rollback' goes back to it), held (it was rejected or rolled
-        back: only 'llama-mesh rebuild' tries it again)
+STATE   live (new instances run it), previous ('llama-mesh rollback' goes back to it), held (it was rejected, rolled
+        back or replaced by hand: only 'llama-mesh rebuild' tries it again)
 """
 
 

@@ -38,18 +38,22 @@ class OnDisk:
     directory: str
     made_at: float  #: Unix seconds
     finished: bool
+    held: bool = False  #: it was rejected, rolled back or replaced by hand
 
 
 def to_prune(found: Collection[OnDisk], *, kept: Collection[str], previous: str | None, keep: int) -> tuple[str, ...]:
     """Return the directories to remove, oldest first.
 
     *kept* (the live one, those that instances run from, the one just built) stay and do not count. Of the other
-    finished ones the newest *keep* stay; *previous*, which a rollback goes back to, counts as the newest of all.
-    Unfinished ones are of no use to anybody.
+    finished ones the newest *keep* stay; *previous*, which a rollback goes back to, counts as the newest of all, and
+    those that are held count as the oldest: they push no good one out. Unfinished ones are of no use to anybody.
     """
     others = sorted(
         (build for build in found if build.directory not in kept),
-        key=lambda build: (build.finished, build.directory == previous, build.made_at, build.directory),
+        key=lambda build: (
+            *(build.finished, build.directory == previous, not build.held),
+            *(build.made_at, build.directory),
+        ),
     )
     finished = sum(build.finished for build in others)
     return tuple(build.directory for build in others[: len(others) - min(keep, finished)])
@@ -96,6 +100,18 @@ def with_hold(held: Mapping[str, Hold], commit: str, hold: Hold) -> dict[str, Ho
 def without_hold(held: Mapping[str, Hold], commit: str) -> dict[str, Hold]:
     """Return *held* without *commit*: somebody wanted it, and it works."""
     return {known: why for known, why in held.items() if not commit.startswith(known)}
+
+
+def replaced_by_hand(live: Installed | None, branch: str, chosen: str) -> tuple[str, ...]:
+    """Return the commits to hold when somebody chose the commit *chosen* instead of what *branch* means (""; unknown).
+
+    None if they are the same: then nothing would undo the choice. Else the one that was *live*, and the branch's: it
+    may have moved on already, and the choice was made instead of that.
+    """
+    if branch == chosen:
+        return ()
+    commits = dict.fromkeys((live.commit if live else "", branch))
+    return tuple(commit for commit in commits if commit and not chosen.startswith(commit))
 
 
 def _last_index(history: Sequence[Installed], binary: str) -> int | None:

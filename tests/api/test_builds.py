@@ -230,7 +230,7 @@ async def test_on_another_node(path: str) -> None:
     mesh.answers["n1"] = {"status": "accepted"}
     code, said = await post(node, path, {"build": "cuda", "node": "n1"})
     assert (code, said) == (202 if path == REBUILD else 200, {"status": "accepted", "node": "n1"})
-    assert mesh.calls == [("n1", path, {"build": "cuda"}, 30.0)]
+    assert mesh.calls == [("n1", path, {"build": "cuda"}, 120.0 if path == ROLLBACK else 30.0)]
     assert (builds.asked, builds.rolled_back, builds.cancelled) == ([], [], [])
 
 
@@ -257,6 +257,17 @@ async def test_a_member_may_ask_on_its_link_for_this_node_alone() -> None:
         assert said.get("node_id", "node-a") == "node-a"
     assert mesh.calls == []
     assert [name for name, _, _ in builds.asked] == builds.cancelled == builds.rolled_back == ["default"]
+
+
+async def test_a_member_does_not_choose_the_code() -> None:
+    """Else one bad member runs what it likes on every machine."""
+    node, builds = node_with(auth=AUTH)
+    FakeMesh(node, member(1))
+    code, said = await post(node, REBUILD, {"branch": "b6123"}, peer=PEER)
+    assert (code, said["error"]["type"], said["error"]["param"]) == (403, "permission_error", "branch")
+    assert "run 'llama-mesh rebuild --branch b6123' on that node" in said["message"]
+    assert builds.asked == []
+    assert (await post(node, REBUILD, {"branch": None, "force": True}, peer=PEER))[0] == 202
 
 
 # --- metrics

@@ -18,7 +18,8 @@ from mesh.build.rejected import RejectedError
 from mesh.build.server_under_test import Connection, Line, ServerFailedError, ServerUnderTest
 from mesh.build.smoke import CPU_NOTE
 from mesh.build.status import Comparison, Speed
-from mesh.errors import CapacityError, EngineMissingError, InstanceError, MeshError, UnknownModelError
+from mesh.core.exits import Cause
+from mesh.errors import BuildError, CapacityError, EngineMissingError, InstanceError, MeshError, UnknownModelError
 from tests.build import servers
 
 ENV = {"PATH": os.environ["PATH"]}
@@ -147,6 +148,12 @@ async def test_where_two_have_no_room_on_the_gpus_both_leave_them(
     assert notes == (CPU_NOTE,)
 
 
+async def test_a_new_one_without_memory_is_not_rejected(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="for lack of memory") as caught:
+        await direct(None, servers.fake(tmp_path / "new", 'echo "E out of memory" >&2; exit 1'))
+    assert not isinstance(caught.value, RejectedError)
+
+
 async def test_an_old_one_without_memory_is_no_fault_of_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +214,9 @@ class Lender:
     refusals: Mapping[str, MeshError] = field(default_factory=dict)
     lent: list[str] = field(default_factory=list)
     given_back: int = 0
+
+    def runs_by_default(self, profile_name: str, build: str) -> bool:
+        return True
 
     @asynccontextmanager
     async def trial(self, profile_name: str, binary: Path | None) -> AsyncIterator[Instance]:
@@ -292,6 +302,24 @@ async def test_a_new_one_that_does_not_load_a_model_is_rejected(
     )
     with pytest.raises(RejectedError, match="cannot run big: unknown model architecture"):
         await trial(monkeypatch, Scripted([FAST], [FAST]), refusals)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ServerFailedError("it ended", cause=Cause.MEMORY),
+        InstanceError("llama-server ended by itself: exit code 1\nE ggml_cuda: cudaMalloc failed: out of memory"),
+        InstanceError(
+            "llama-server ended: killed by SIGKILL; if nobody did that on purpose, the system ran out of memory"
+        ),
+    ],
+)
+async def test_a_new_one_whose_memory_somebody_took_is_noted(
+    monkeypatch: pytest.MonkeyPatch, failure: MeshError
+) -> None:
+    comparison, (note,), _ = await trial(monkeypatch, Scripted([FAST], [FAST]), {"new": failure})
+    assert comparison is None
+    assert "big could not be compared: there was no memory for the new llama-server" in note
 
 
 async def test_a_new_one_that_crashes_on_a_model_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:

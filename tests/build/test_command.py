@@ -49,6 +49,29 @@ async def test_lines_are_told_as_they_come_and_the_last_ones_are_kept(around: Su
     assert tail[-3:] == ("red", "x" * 399 + "…", "fatal: https://example.org/x")
 
 
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("\x1b[1;31mred\x1b[0m \x1b[?25lhidden\x1b[2K", "red hidden"),
+        ("\x1b]0;a title\x07text", "text"),
+        ("see \x1b]8;;https://example.org\x1b\\here\x1b]8;;\x1b\\ now", "see here now"),
+        ("\x1b]0;never ended", ""),
+        ("\x1bP1$r\x1b\\a\x1b(Bb\x1bMc\x08\x00\x9b", "abc"),
+        ("\x1b", ""),
+        ("a\tb", "a\tb"),
+        ("https://me:s3cret@example.org/x", "https://example.org/x"),
+        ("https://me:s3/cr@t@example.org/x y@z", "https://example.org/x y@z"),
+        ("'https://token@example.org/x'", "'https://example.org/x'"),
+        ("https://example.org/x?a=1&private_token=s3cret&b=2", "https://example.org/x?a=1&private_token=…&b=2"),
+        ("https://example.org/x?access_TOKEN=s3cret'", "https://example.org/x?access_TOKEN=…'"),
+        ("http://127.0.0.1:8080/x to a@b", "http://127.0.0.1:8080/x to a@b"),
+        ("https://example.org/x@v1", "https://example.org/x@v1"),
+    ],
+)
+def test_what_is_shown_of_a_line(line: str, shown: str) -> None:
+    assert command.clean(line) == shown
+
+
 async def test_success_says_nothing(around: Surroundings) -> None:
     await run(_sh("true"), around, pytest.fail)
 

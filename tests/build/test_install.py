@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +16,10 @@ from mesh.build.spec import BuildSpec
 from mesh.build.state import State
 from mesh.build.status import Outcome
 from mesh.core.build_policy import Hold, Installed
-from mesh.errors import BuildBusyError, UnknownBuildError
+from mesh.errors import BuildBusyError, DrainingError, UnknownBuildError
+from mesh.tasks import spawn
 from tests.build.project import Project, bench, directories, hanging_at, live, pid_from, spec_in, until
+from tests.host.deaths import wait_for_death
 
 
 @pytest.fixture
@@ -130,6 +135,50 @@ async def test_killed_between_the_swap_and_its_record(spec: BuildSpec, monkeypat
         assert (await b.manager.rollback(None)).directory == str(second)
 
 
+async def test_closing_does_not_wait_for_an_old_one_that_hangs(spec: BuildSpec, tmp_path: Path) -> None:
+    first, second = _made(spec, "1000000"), _made(spec, "2000000")
+    _install(spec, first)
+    _install(spec, second)
+    os.mkfifo(fifo := tmp_path / "fifo")
+    (first / layout.BINARY).write_text(f"#!/bin/sh\necho $$ > {fifo}\nexec sleep 1000\n")
+    async with bench(spec) as b:
+        going_back = spawn(b.manager.rollback(None), "roll back")
+        pid = await pid_from(fifo)
+        async with asyncio.timeout(20):  # of the 30 s that the old one may take
+            await b.manager.close()
+        wait_for_death(pid)
+        with pytest.raises(DrainingError, match="nothing was rolled back"):
+            await going_back
+    assert live(spec) == second
+    assert state.load(spec).held == {}
+
+
+async def test_closing_waits_for_one_that_is_decided(spec: BuildSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = _made(spec, "1000000"), _made(spec, "2000000")
+    _install(spec, first)
+    _install(spec, second)
+    swap, closing = layout.swap, threading.Event()
+    reached = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(spec: BuildSpec, target: Path) -> None:
+        loop.call_soon_threadsafe(reached.set)
+        assert closing.wait(20)
+        swap(spec, target)
+
+    monkeypatch.setattr(layout, "swap", slow)
+    async with bench(spec) as b:
+        going_back = spawn(b.manager.rollback(None), "roll back")
+        await reached.wait()
+        close = spawn(b.manager.close(), "close")
+        await asyncio.sleep(0)
+        closing.set()
+        await close
+        assert (await going_back).directory == str(first)
+        assert b.installed == ["default"]
+    assert live(spec) == first
+
+
 async def test_no_rollback_during_a_build(spec: BuildSpec, project: Project, tmp_path: Path) -> None:
     project.commit(hanging_at(tmp_path / "fifo"))
     async with bench(spec) as b:
@@ -146,6 +195,8 @@ def test_prune_keeps_what_is_live_in_use_foreign_or_gone_back_to(spec: BuildSpec
     _install(spec, current)
     half = spec.build_path.with_name("build-5000000")
     layout.begin(half, Manifest("default", "5"))
+    (llameshs := spec.build_path.with_name("build-5000001")).mkdir()
+    (llameshs / "CMakeCache.txt").touch()
     foreign = [
         _made(spec, "6000000", name="x.2", base="build.2"),
         _made(spec, "7000000", name="cuda", base="build-cuda"),
@@ -161,12 +212,34 @@ def test_prune_keeps_what_is_live_in_use_foreign_or_gone_back_to(spec: BuildSpec
     assert {d.exists() for d in (used, previous, current, elsewhere, *foreign)} == {True}
     assert not old.exists()
     assert not half.exists()
+    assert not llameshs.exists()
     assert install.prune(replace(spec, keep_builds=0), []) == ()
     assert current.exists()
     assert not previous.exists()
     assert not used.exists()
     assert {d.exists() for d in foreign} == {True}
     assert spec.build_path.with_name("build-8000000").is_symlink()
+
+
+def test_prune_leaves_what_only_has_our_name(spec: BuildSpec) -> None:
+    _install(spec, _made(spec, "1000000"))
+    theirs = [spec.build_path.with_name(name) for name in ("build-20240607", "build-20240608.src")]
+    for directory in theirs:
+        directory.mkdir()
+        (directory / "precious").touch()
+    assert install.prune(replace(spec, keep_builds=0), []) == ()
+    assert [(directory / "precious").exists() for directory in theirs] == [True, True]
+
+
+def test_rejected_ones_go_before_good_ones_and_even_if_nothing_is_live(spec: BuildSpec) -> None:
+    good, rejected, newer = (_made(spec, f"{d}000000", made_at=float(d)) for d in "123")
+    for directory in (rejected, newer):
+        install.hold(spec, directory.name[-7:].ljust(40, "0"), Hold("too slow", ()))
+    assert install.prune(replace(spec, keep_builds=1), []) == ("old builds stay: binary_path leads to none of them",)
+    assert [directory.exists() for directory in (good, rejected, newer)] == [True, False, True]
+    _install(spec, _made(spec, "4000000", made_at=0.0))
+    assert install.prune(replace(spec, keep_builds=1), []) == ()
+    assert [directory.exists() for directory in (good, newer)] == [True, False]
 
 
 def test_prune_does_nothing_if_it_cannot_tell_what_is_live(spec: BuildSpec) -> None:

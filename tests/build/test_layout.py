@@ -88,6 +88,34 @@ def test_the_first_name_that_is_free(spec: BuildSpec) -> None:
     assert choose() == "build_path.3-1234567"
 
 
+def test_somebody_elses_directory_is_never_chosen(spec: BuildSpec) -> None:
+    """A date reads like a hash."""
+    theirs = spec.build_path.with_name("build_path-20240607")
+    theirs.mkdir()
+    (theirs / "precious").touch()
+    source = spec.build_path.with_name("build_path.2-20240607.src")
+    source.mkdir()
+    (source / "precious").touch()
+    shelf = layout.look(spec)
+    assert (shelf.found, shelf.sources) == ((), ())
+    assert layout.choose_directory(spec, shelf, "20240607", COMMIT, ()).name == "build_path.3-20240607"
+
+
+@pytest.mark.parametrize("evidence", ["mesh-build.json", "mesh-building.json", "bin/llama-server", "CMakeCache.txt"])
+def test_what_shows_that_a_directory_is_ours(spec: BuildSpec, evidence: str) -> None:
+    path = spec.build_path.with_name("build_path-1234567")
+    (path / evidence).parent.mkdir(parents=True)
+    (path / evidence).touch()
+    source = spec.build_path.with_name("build_path-1234567.src")
+    (source / "left").mkdir(parents=True)
+    worktree = spec.build_path.with_name("build_path-7654321.src")
+    worktree.mkdir()
+    (worktree / ".git").write_text("gitdir: x")
+    shelf = layout.look(spec)
+    assert [each.path for each in shelf.found] == [path]
+    assert shelf.sources == (source, worktree)
+
+
 def test_the_link_is_replaced_whole(spec: BuildSpec, tmp_path: Path) -> None:
     for target in (tmp_path / "one", tmp_path / "two"):
         layout.swap(spec, target)

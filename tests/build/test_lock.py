@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from mesh.build.lock import BuildLock, holder
 from mesh.build.spec import BuildSpec
 from mesh.build.state import lock_path
 from mesh.errors import BuildBusyError, BuildError
+from mesh.tasks import spawn
 from tests.build.project import Project, bench, directories, hanging_at, live, pid_from, spec_in
 from tests.host.deaths import wait_for_death
 
@@ -111,3 +113,28 @@ async def test_a_node_that_is_killed_while_it_builds(tmp_path: Path, project: Pr
         newest = await b.install()
         assert directories(spec) == {good.name, newest.name}
         assert project.git("status", "--short") == ""
+
+
+async def test_a_mount_that_hangs_stops_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever stops waiting for it does not hold the lock when it comes after all."""
+    path, hung, over = tmp_path / "build.lock", threading.Event(), threading.Event()
+    take = BuildLock.take
+
+    def slow(path: Path) -> BuildLock | None:
+        assert hung.wait(20)
+        try:
+            return take(path)
+        finally:
+            over.set()
+
+    monkeypatch.setattr(BuildLock, "take", slow)
+    waiting = spawn(BuildLock.wait(path), "wait")
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    hung.set()
+    await asyncio.to_thread(over.wait, 20)
+    monkeypatch.setattr(BuildLock, "take", take)
+    async with asyncio.timeout(20):
+        (await BuildLock.wait(path)).release()

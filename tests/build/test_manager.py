@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mesh.build import running
+from mesh.build import manager, running
 from mesh.build.compile import CompileError
 from mesh.build.lane import Lane
 from mesh.build.lock import BuildLock
@@ -32,7 +33,7 @@ def project(tmp_path: Path) -> Project:
 class Scripted:
     """In the place of the pipeline: each attempt is the next of *script*, what it begins at is remembered."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *script: BuildError | Outcome) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *script: BuildError | OSError | Outcome) -> None:
         self.script = list(script)
         self.began_at: list[float] = []
         self.requests: list[Request] = []
@@ -42,6 +43,10 @@ class Scripted:
         async def refresh(lane: Lane) -> None:
             """Look at nothing: threads and a clock that jumps do not go together."""
 
+        async def taken(path: Path) -> BuildLock | None:
+            return BuildLock.take(path)
+
+        monkeypatch.setattr(BuildLock, "taken", taken)
         monkeypatch.setattr(running, "Pipeline", self.pipeline)
         monkeypatch.setattr(Lane, "refresh", refresh)
 
@@ -61,7 +66,7 @@ class Scripted:
             if (gate := scripted.gates.get(self.spec.name)) is not None:
                 await gate.wait()
             result = scripted.script.pop(0) if scripted.script else Outcome.UNCHANGED
-            if isinstance(result, BuildError):
+            if isinstance(result, (BuildError, OSError)):
                 raise result
             return Result(result)
 
@@ -206,6 +211,43 @@ async def test_names_and_what_is_not_built(tmp_path: Path, project: Project) -> 
         assert [status.enabled for status in b.manager.statuses()] == [False, False]
     with pytest.raises(DrainingError):
         await b.manager.rollback("default")
+
+
+@pytest.mark.looptime
+async def test_what_goes_on_is_never_forgotten(
+    tmp_path: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of compiling, while somebody asks for another build over and over."""
+    scripted = Scripted(monkeypatch)
+    scripted.gates["default"] = asyncio.Event()
+    monkeypatch.setattr(manager, "_MAX_REMEMBERED", 3)
+    one = spec_in(tmp_path, project)
+    two = replace(one, name="cuda", build_path=tmp_path / "cuda", binary_path=tmp_path / "cuda-server")
+    async with bench(one, two) as b:
+        first = b.manager.rebuild(None)
+        for _ in range(6):
+            last = b.manager.rebuild("cuda")
+            b.manager.cancel("cuda")
+            await b.manager.wait(last.id)
+            await asyncio.sleep(0)
+        with pytest.raises(UnknownBuildError):
+            await b.manager.wait(first.id + 1)
+        assert (await b.manager.wait(last.id)).outcome is Outcome.CANCELLED
+        assert b.manager.cancel(None)
+        assert (await b.manager.wait(first.id)).outcome is Outcome.CANCELLED
+
+
+@pytest.mark.looptime
+async def test_an_error_of_the_system_is_tried_again(
+    tmp_path: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted = Scripted(monkeypatch, OSError(errno.EMFILE, "Too many open files"), Outcome.UNCHANGED)
+    async with bench(spec_in(tmp_path, project)) as b:
+        b.manager.start()
+        await asyncio.sleep(5.0)
+        assert "(Too many open files); what ran before runs on" in str(b.manager.summary().last_build_error)
+        await asyncio.sleep(10_000.0)
+    assert scripted.began_at == pytest.approx([0, 10])
 
 
 async def test_an_unforeseen_error_ends_the_attempt_and_frees_the_lock(tmp_path: Path, project: Project) -> None:

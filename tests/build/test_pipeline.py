@@ -147,6 +147,52 @@ async def test_a_rejected_build_is_kept_but_not_put_in_force(tmp_path: Path, pro
         assert b.manager.statuses()[0].held == {}
 
 
+async def test_one_rejection_after_the_other_does_not_fill_the_disk(tmp_path: Path, project: Project) -> None:
+    project.commit()
+    spec = spec_in(tmp_path, project, keep_builds=1)
+    async with bench(spec) as b:
+        first = await b.install()
+        project.commit()
+        good = await b.install()
+        b.tester.error = RejectedError("40 % slower")
+        for _ in range(3):
+            project.commit()
+            assert (await b.rebuild()).outcome is Outcome.REJECTED
+        assert directories(spec) == {first.name, good.name}, "what a rollback goes to, and what is live"
+
+
+async def test_what_follows_a_rejection_cannot_change_it(
+    tmp_path: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise OSError("an I/O error")
+
+    commit = project.commit()
+    async with bench(spec_in(tmp_path, project)) as b:
+        b.tester.error = RejectedError("40 % slower")
+        monkeypatch.setattr("mesh.build.install.prune", fails)
+        assert (await b.rebuild()).error == "40 % slower"
+        assert b.manager.statuses()[0].held == {commit: "40 % slower"}
+
+
+@pytest.mark.parametrize("live_one", [True, False])
+async def test_what_does_not_run_any_more_is_built_anew(tmp_path: Path, project: Project, live_one: bool) -> None:
+    """As after an upgrade of the system that took a library away. What instances run from is not touched."""
+    commit, spec = project.commit(), spec_in(tmp_path, project)
+    async with bench(spec) as b:
+        broken = await b.install()
+        if not live_one:
+            project.commit()
+            await b.install()
+        (broken / layout.BINARY).write_text("#!/bin/sh\necho libcuda.so: cannot open shared object file\nexit 127\n")
+        ended = await b.rebuild(ref=commit)
+        assert ended.outcome is Outcome.INSTALLED
+        assert live(spec).name == f"build.2-{commit[:7]}"
+        assert _run(spec.binary_path) == "version: 1"
+        assert (await b.rebuild(ref=commit)).outcome is Outcome.UNCHANGED
+        assert "exit 127" in (broken / layout.BINARY).read_text()
+
+
 async def test_cancel_in_the_middle_of_a_compilation(tmp_path: Path, project: Project) -> None:
     project.commit()
     spec = spec_in(tmp_path, project)
@@ -359,6 +405,7 @@ async def test_a_file_where_the_link_should_be_is_never_replaced(tmp_path: Path,
         ended = await b.rebuild()
     assert ended.outcome is Outcome.FAILED
     assert "is not a symlink" in str(ended.error)
+    assert (ended.stage, ended.commit, b.tester.asked) == (Stage.WAITING, None, []), "before hours of work"
     assert spec.binary_path.read_text() == "somebody's own"
     assert b.installed == []
 

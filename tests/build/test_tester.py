@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from mesh.build.spec import BuildSpec
 from mesh.build.status import Comparison, Stage
 from mesh.build.tester import MODEL_NAME, BuildTester
 from mesh.errors import BuildError, EngineMissingError, InstanceError, MeshError, UnknownModelError
+from mesh.host.process import Process
+from mesh.host.warden import Warden
 from mesh.models import tiny_model
 from mesh.models.tiny_model import SENTENCE
 from tests.build import servers
@@ -63,11 +66,16 @@ class NoModels:
 
     def __init__(self, new: MeshError | None = None) -> None:
         self.asked: list[str] = []
+        self.binaries: list[Path | None] = []
         self.new = new
+
+    def runs_by_default(self, profile_name: str, build: str) -> bool:
+        return build == "default"
 
     @asynccontextmanager
     async def trial(self, profile_name: str, binary: Path | None) -> AsyncIterator[Served]:
         self.asked.append(profile_name)
+        self.binaries.append(binary)
         if self.new is not None:
             raise self.new if binary else EngineMissingError("there is no old one")
         raise UnknownModelError(f"no profile {profile_name}")
@@ -143,6 +151,18 @@ async def test_a_rejection_by_the_canary_profile_keeps_what_was_measured_before(
     assert [comparison.model for comparison in caught.value.comparisons] == ["tiny model"]
 
 
+@pytest.mark.parametrize("name", ["default", "vulkan"])
+async def test_a_profile_of_another_build_is_compared_with_the_old_binary(
+    tmp_path: Path, quick: None, name: str
+) -> None:
+    """Its own engine is of another kind: that it is faster says nothing."""
+    new = servers.fake(tmp_path / "new", say=SENTENCE, tokens_per_s=2000)
+    old = servers.fake(tmp_path / "old", say=SENTENCE, tokens_per_s=2000)
+    models = NoModels()
+    await tried(BuildTester(lambda: ENV, models), new, old, replace(spec_in(tmp_path, "big"), name=name))
+    assert models.binaries == [None if name == "default" else old]
+
+
 async def test_arguments_and_environment_are_passed_on(tmp_path: Path, quick: None) -> None:
     dump = tmp_path / "seen"
     new = servers.fake(tmp_path / "new", f'echo "$@" "$MARK" >{dump}', say=SENTENCE, tokens_per_s=2000)
@@ -150,6 +170,22 @@ async def test_arguments_and_environment_are_passed_on(tmp_path: Path, quick: No
     await tried(tester, new, None, spec_in(tmp_path))
     assert "--verbose --host 127.0.0.1 --port" in dump.read_text()
     assert dump.read_text().strip().endswith("a mark")
+
+
+async def test_the_warden_knows_every_process(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then none is left if the node is killed in the middle of it."""
+    start, wardens = Process.start, list[object]()
+
+    def started(argv: Sequence[str], **options: Any) -> Process:
+        wardens.append(options.get("warden"))
+        return start(argv, **options)
+
+    monkeypatch.setattr(Process, "start", started)
+    old, new = (servers.fake(tmp_path / name, say=SENTENCE, tokens_per_s=2000) for name in ("old", "new"))
+    warden = Warden()
+    await tried(BuildTester(lambda: ENV, warden=warden), new, old, replace(spec_in(tmp_path), max_slowdown=1.0))
+    warden.close()
+    assert wardens == [warden] * 4, "its version, its test, and both beside each other"
 
 
 async def test_a_disk_that_takes_no_model_says_nothing_of_the_build(tmp_path: Path, quick: None) -> None:

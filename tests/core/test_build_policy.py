@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +17,7 @@ from mesh.core.build_policy import (
     OnDisk,
     hold_reason,
     remembered,
+    replaced_by_hand,
     rollback_targets,
     to_prune,
     with_hold,
@@ -23,7 +26,7 @@ from mesh.core.build_policy import (
 
 A, B, C = (Installed(f"/{name}/bin/llama-server", name * 40) for name in "abc")
 builds = st.lists(
-    st.builds(OnDisk, st.sampled_from("abcdefghij"), st.floats(0, 100), st.booleans()),
+    st.builds(OnDisk, st.sampled_from("abcdefghij"), st.floats(0, 100), st.booleans(), st.booleans()),
     unique_by=lambda build: build.directory,
 )
 names = st.sets(st.sampled_from("abcdefghij"))
@@ -47,6 +50,14 @@ def test_half_built_ones_go_first_and_do_not_count() -> None:
     assert to_prune(found, kept=(), previous=None, keep=2) == ("half", "newer half")
 
 
+def test_rejected_ones_push_no_good_one_out() -> None:
+    rejected = [replace(build, held=True, made_at=9.0) for build in _disk("r1", "r2", "r3")]
+    found = [*_disk("older", "old", "live"), *rejected]
+    assert to_prune(found, kept={"live"}, previous=None, keep=2) == ("r1", "r2", "r3")
+    assert to_prune(found, kept={"live"}, previous=None, keep=3) == ("r1", "r2")
+    assert to_prune(found, kept={"live"}, previous="r1", keep=1) == ("r2", "r3", "older", "old")
+
+
 @given(builds, names, st.none() | st.sampled_from("abcdefghij"), st.integers(0, 12))
 def test_pruning(found: list[OnDisk], kept: set[str], previous: str | None, keep: int) -> None:
     doomed = to_prune(found, kept=kept, previous=previous, keep=keep)
@@ -57,7 +68,8 @@ def test_pruning(found: list[OnDisk], kept: set[str], previous: str | None, keep
     candidates = [build for build in found if build.finished and build.directory not in kept]
     assert len(left) == min(keep, len(candidates))
     gone = [build for build in candidates if build.directory in doomed and build.directory != previous]
-    assert all(b.made_at <= stays.made_at for b in gone for stays in left if stays.directory != previous)
+    rest = [build for build in left if build.directory != previous]
+    assert all((not b.held, b.made_at) <= (not stays.held, stays.made_at) for b in gone for stays in rest)
     if keep and any(build.directory == previous for build in candidates):
         assert previous not in doomed
 
@@ -90,6 +102,15 @@ def test_holds() -> None:
     assert hold_reason(held, "abc1234fffff", ["-DX=1"]) == "rolled back", "llamesh's: only the beginning is known"
     assert hold_reason(held, "other", []) is None
     assert list(without_hold(held, "abc1234fffff")) == ["c1"]
+
+
+def test_what_is_held_when_somebody_chooses() -> None:
+    assert replaced_by_hand(A, A.commit, B.commit) == (A.commit,)
+    assert replaced_by_hand(A, C.commit, B.commit) == (A.commit, C.commit), "the branch has moved on already"
+    assert replaced_by_hand(A, "", B.commit) == (A.commit,)
+    assert replaced_by_hand(A, B.commit, B.commit) == (), "the branch is there: nothing would undo it"
+    assert replaced_by_hand(Installed("/llameshs", B.commit[:7]), "", B.commit) == (), "the same, built anew"
+    assert replaced_by_hand(Installed("/by/hand", ""), "", B.commit) == replaced_by_hand(None, "", B.commit) == ()
 
 
 def test_the_oldest_holds_are_forgotten() -> None:

@@ -1,0 +1,137 @@
+"""What somebody asks for by hand: what it may be, and that nothing undoes it by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mesh.build.manager import BuildManager
+from mesh.build.spec import BuildSpec
+from mesh.build.status import Attempt, Outcome
+from mesh.errors import BuildError
+from tests.build.project import Project, bench, live, spec_in, until
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    project = Project(tmp_path / "upstream")
+    project.commit()
+    project.git("branch", "stable")
+    project.commit()
+    return project
+
+
+@pytest.fixture
+def spec(tmp_path: Path, project: Project) -> BuildSpec:
+    return spec_in(tmp_path, project)
+
+
+async def _at_boot(manager: BuildManager) -> Attempt:
+    """Let the attempt at boot happen, and return it."""
+    events = manager.subscribe()
+    manager.start()
+    started = await until(events, "started")
+    return await manager.wait(int(str(started.data["attempt"])))
+
+
+async def test_the_next_start_does_not_undo_it(spec: BuildSpec, project: Project) -> None:
+    master = project.git("rev-parse", "master")
+    async with bench(spec) as b:
+        await b.install()
+        chosen = await b.rebuild(ref="stable")
+        assert chosen.outcome is Outcome.INSTALLED
+        assert "chosen by hand instead of master; it stays until master moves on, or 'llama-mesh rebuild'" in str(
+            chosen.notes
+        )
+        directory = live(spec)
+        assert b.manager.statuses()[0].held == {master: "replaced by hand"}
+    async with bench(spec) as b:
+        assert (await _at_boot(b.manager)).outcome is Outcome.SKIPPED
+        assert live(spec) == directory
+    project.commit()
+    async with bench(spec) as b:
+        moved_on = await _at_boot(b.manager)
+        assert (moved_on.outcome, moved_on.notes) == (Outcome.INSTALLED, ("a note",))
+
+
+async def test_also_if_the_branch_had_moved_on_before(spec: BuildSpec, project: Project) -> None:
+    async with bench(spec) as b:
+        await b.install()
+        project.commit()
+        await b.install(ref="stable")
+    async with bench(spec) as b:
+        assert (await _at_boot(b.manager)).outcome is Outcome.SKIPPED
+
+
+async def test_the_first_one_of_all_is_kept_too(spec: BuildSpec) -> None:
+    async with bench(spec) as b:
+        await b.install(ref="stable")
+    async with bench(spec) as b:
+        assert (await _at_boot(b.manager)).outcome is Outcome.SKIPPED
+
+
+async def test_asked_for_again_or_gone_back_to_it_is_held_no_more(spec: BuildSpec, project: Project) -> None:
+    stable = project.git("rev-parse", "stable")
+    async with bench(spec) as b:
+        first = await b.install()
+        await b.install(ref="stable")
+        assert await b.install() == first
+        assert b.manager.statuses()[0].held == {}, "what is configured undoes itself"
+        await b.install(ref="stable")
+        await b.manager.rollback("default")
+        assert b.manager.statuses()[0].held == {stable: "rolled back"}
+
+
+async def test_another_name_of_the_same_holds_nothing(spec: BuildSpec, project: Project) -> None:
+    async with bench(spec) as b:
+        await b.install()
+        project.commit()
+        project.git("branch", "also-master")
+        ended = await b.rebuild(ref="also-master")
+        assert (ended.outcome, ended.notes) == (Outcome.INSTALLED, ("a note",))
+        assert b.manager.statuses()[0].held == {}
+
+
+async def test_if_the_branch_is_not_known_what_ran_is_held(spec: BuildSpec, project: Project, tmp_path: Path) -> None:
+    """The network may break just then; what was asked for is installed all the same."""
+    stable, master = (project.git("rev-parse", ref) for ref in ("stable", "master"))
+    async with bench(spec) as b:
+        await b.install()
+
+        def breaks() -> None:
+            project.path.rename(tmp_path / "gone")
+
+        b.tester.during = breaks
+        ended = await b.rebuild(ref=stable)
+        assert (ended.outcome, ended.commit) == (Outcome.INSTALLED, stable)
+        assert b.manager.statuses()[0].held == {master: "replaced by hand"}
+
+
+async def test_a_swap_that_fails_holds_nothing(
+    spec: BuildSpec, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench(spec) as b:
+        before = await b.install()
+
+        def fails(spec: BuildSpec, target: Path) -> None:
+            raise BuildError("cannot put it in place")
+
+        monkeypatch.setattr("mesh.build.layout.swap", fails)
+        assert (await b.rebuild(ref="stable")).outcome is Outcome.FAILED
+        assert live(spec) == before
+        assert b.manager.statuses()[0].held == {}
+
+
+async def test_a_strangers_commit_is_not_built(spec: BuildSpec, project: Project) -> None:
+    """Whoever may ask is an admin, or any local process; on GitHub anybody opens a pull request."""
+    project.git("config", "uploadpack.allowAnySHA1InWant", "true")
+    async with bench(spec) as b:
+        before = await b.install()
+        theirs = project.commit()
+        project.git("update-ref", "refs/pull/1/head", theirs)
+        project.git("reset", "--quiet", "--hard", "HEAD~1")
+        for ref in ("refs/pull/1/head", theirs):
+            ended = await b.rebuild(ref=ref)
+            assert (ended.outcome, ended.commit) == (Outcome.FAILED, None)
+        assert live(spec) == before
