@@ -18,9 +18,11 @@ from mesh.api.builds import count_builds
 from mesh.build.manager import BuildManager
 from mesh.build.spec import specs_of
 from mesh.build.tester import BuildTester
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.settings import Settings
-from mesh.engine.llama import own_env
+from mesh.engine.children import own_env
 from mesh.engine.supervisor import Supervisor
+from mesh.errors import UnknownModelError
 from mesh.host.warden import Warden
 from mesh.logs import Log
 from mesh.metrics import Metrics
@@ -45,6 +47,14 @@ class Trials:
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+
+    def runs_by_default(self, profile_name: str, build: str) -> bool:
+        """Whether the usual engine of *profile_name* is the one of *build*. ``trial`` tells if there is none."""
+        try:
+            profile = self._supervisor.catalog.resolve(profile_name)
+        except UnknownModelError:
+            return True
+        return (profile.engine_build or DEFAULT_BUILD) == build
 
     @asynccontextmanager
     async def trial(self, profile_name: str, binary: Path | None) -> AsyncIterator[TrialServer]:
@@ -77,7 +87,7 @@ class Rebuilding:
         self._installed = installed
         self.manager = BuildManager(
             specs_of(settings.build_settings()),
-            tester=BuildTester(env=lambda: own_env(environ), trials=Trials(supervisor)),
+            tester=BuildTester(env=lambda: own_env(environ), trials=Trials(supervisor), warden=warden),
             on_installed=self._on_installed,
             in_use=self._in_use,
             environ=lambda: own_env(environ),
@@ -99,11 +109,11 @@ class Rebuilding:
 
     def _on_installed(self, name: str) -> None:
         log.info("another llama-server is in force; instances are replaced one after the other", build=name)
-        self._supervisor.engines_changed()
+        self._supervisor.engines_changed(name)
         self._installed()
 
     async def _look(self) -> None:
-        self._supervisor.engines_changed()
+        await self._supervisor.look_at_engines()
 
     def _in_use(self) -> Collection[Path]:
         return {Path(view.engine_path) for view in self._supervisor.instances() if view.engine_path}

@@ -65,7 +65,7 @@ def own_state(ctx: NodeContext) -> dict[str, Any]:
         "ready": not (ctx.draining or ctx.drained) and ctx.engine_problem() is None and bool(profiles),
         "draining": ctx.draining or ctx.drained,
         "supported_models": [profile.id for profile in profiles],
-        "loaded_models": sorted({view.model_id for view in instances if view.state is State.READY}),
+        "loaded_models": sorted({v.model_id for v in instances if v.state is State.READY and not v.hidden}),
         "active_instances": len(instances),
         "current_requests": ctx.metrics.current_requests,
         "queue_length": sum(ctx.supervisor.queues().values()),

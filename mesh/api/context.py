@@ -69,6 +69,8 @@ class InstanceView(Protocol):
     def engine_path(self) -> str: ...
     @property
     def superseded(self) -> bool: ...
+    @property
+    def hidden(self) -> bool: ...
 
 
 class Budget(Protocol):
@@ -221,7 +223,8 @@ class NodeContext:
         instances = self.supervisor.instances()
         active: Counter[str] = Counter()
         for view in instances:
-            active[view.model_id] += view.active
+            if not view.hidden:
+                active[view.model_id] += view.active
         ids = {profile.key: profile.id for profile in self.supervisor.catalog.profiles}
         queued: Counter[str] = Counter()
         for key, waiting in self.supervisor.queues().items():

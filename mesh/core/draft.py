@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from heapq import heapify, heappop, heappush
 from math import inf
 
 from mesh.core.lifecycle import State
-from mesh.core.placement import Need, gpu_kinds, place
+from mesh.core.placement import Need, at_least, gpu_kinds, place
 from mesh.core.resources import RAM, VRAM, Resources, total
 from mesh.core.world import (
     GOING,
@@ -17,6 +18,7 @@ from mesh.core.world import (
     Decision,
     Demand,
     Drain,
+    Forgo,
     InstanceView,
     Reason,
     Recipe,
@@ -40,6 +42,7 @@ class Draft:
     waiting: frozenset[str] = frozenset()  #: profiles with demand that was not refused, nor admitted as a whole
     admitting: set[str] = field(default_factory=set)  #: instances that get requests
     started: set[str] = field(default_factory=set)  #: profiles
+    cramped: set[str] = field(default_factory=set)  #: see ``Plan``
     now: Resources = field(default_factory=Resources)
     soon: Resources = field(default_factory=Resources)
     future: Resources = field(default_factory=Resources)
@@ -116,12 +119,15 @@ class Draft:
         """Return where *need* fits beside each of *used* at once, or None."""
         return place(need, self.ceiling, *used)
 
-    def place(self, key: str) -> None:
-        """Start *key*, or see to it that a later plan can (rule 3)."""
-        recipe = self.world.recipes[key]
-        if recipe.need is None:
-            return
+    def place(self, demand: Demand) -> None:
+        """Start the profile of *demand*, or see to it that a later plan can (rule 3)."""
+        key, recipe = demand.key, self.world.recipes[demand.key]
         need = recipe.need
+        if need is None or self.awaits_exit(recipe, need):
+            return
+        if not demand.attended:
+            self.follow(key, need)
+            return
         spot = None
         if recipe.ran_out is not None:
             cleared = self.there_again(need, recipe.ran_out)
@@ -134,8 +140,6 @@ class Draft:
             self.spawn(key, spot)
         elif (spot := self.room(need, self.soon, self.future)) is not None:
             self.reserve(spot, soon=True)  # memory is on its way: drain nobody
-        elif key in self.world.replacing and (spot := self.room(need, self.future)) is not None:
-            self.reserve(spot, soon=False)  # that of its predecessor, which may take a while
         elif not recipe.vetted:
             self.decisions += [] if recipe.vetting else [Vet(key)]
             self.claim(key, need)
@@ -143,8 +147,36 @@ class Draft:
             victims, spot = chosen
             self.drain(victims, Reason.ROOM, competitor=key)
             self.reserve(spot, soon=True)
-        else:
+        elif not recipe.yielding:
             self.hold(key, need)
+
+    def awaits_exit(self, recipe: Recipe, need: Need) -> bool:
+        """Whether the successor of who still makes room for it is to wait: both at once might be too much."""
+        if recipe.key not in self.world.replacing:
+            return False
+        old = [i for i in self.world.instances if i.key == recipe.key and i.superseded and i.state in GOING]
+        return bool(old) and self.beside(recipe, need, old) is None and self.wait(need)
+
+    def beside(self, recipe: Recipe, need: Need, old: Iterable[InstanceView]) -> Resources | None:
+        """Return where a copy goes beside all of *old*; None if there is no room, or none that is known to be enough.
+
+        What an old one takes says more than a guess: there must be room for as much.
+        """
+        enlarged = reduce(at_least, (i.footprint for i in old), need)
+        spot = None if recipe.guessed else self.room(enlarged, self.now, self.soon, self.future)
+        return spot if spot is not None and spot.mib.get(RAM, 0) <= self.spare_ram_mib() else None
+
+    def spare_ram_mib(self) -> float:
+        """Return what is left for second copies where no limit says it: who loads has not taken all of its own yet."""
+        shown = total(i.footprint for i in self.world.instances if i.state is not State.SPAWNING)
+        return self.world.spare_ram_mib - max(0, (self.now - shown).mib.get(RAM, 0))
+
+    def follow(self, key: str, need: Need) -> None:
+        """Start the successor *key* in the room that was made for it, or wait for that; nobody has to go for it."""
+        if (spot := self.room(need, self.now, self.soon, self.future)) is not None:
+            self.spawn(key, spot)
+        elif not self.wait(need):
+            self.decisions.append(Forgo(key))
 
     def spawn(self, key: str, spot: Resources) -> None:
         """Start *key* there; or only keep the room, while its size is being looked up again."""
@@ -161,12 +193,13 @@ class Draft:
         if soon:
             self.soon = self.soon + spot
 
-    def wait(self, need: Need) -> None:
-        """Keep the room for *need* where it will be, so that nobody takes it meanwhile."""
+    def wait(self, need: Need) -> bool:
+        """Keep the room for *need* where it will be, so that nobody takes it; return whether there will be any."""
         if (spot := self.room(need, self.soon, self.future)) is not None:
             self.reserve(spot, soon=True)
         elif (spot := self.room(need, self.future)) is not None:
             self.reserve(spot, soon=False)
+        return spot is not None
 
     def there_again(self, need: Need, where: Resources) -> Need:
         """Return *need* bound to the GPUs of *where*, which are cleared for it; as it is, if it must not go there."""

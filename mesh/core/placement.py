@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from types import MappingProxyType
 
-from mesh.core.resources import VRAM, Resources
+from mesh.core.resources import RAM, VRAM, Resources
 
 #: Up to this many GPUs every combination is weighed; beyond, the roomiest are taken.
 _WEIGHED = 10
@@ -67,6 +67,15 @@ def again(need: Need, placed: Resources) -> Resources:
     if not need.gpu_mib or not kinds:
         return _pooled(need)
     return _charged(need, kinds, [max(0, placed.mib[kind] - _extra(need, len(kinds))) for kind in kinds])
+
+
+def at_least(need: Need, placed: Resources) -> Need:
+    """Return *need*, enlarged where *placed*, what an instance has, is more."""
+    ram = max(need.fixed.mib.get(RAM, 0), placed.mib.get(RAM, 0))
+    gpus = max(1, len([kind for kind in gpu_kinds(placed) if placed.mib[kind]]))
+    split = placed.mib.get(VRAM, 0) - gpus * _extra(need, gpus)
+    fixed = Resources(MappingProxyType({**need.fixed.mib, RAM: ram})) if ram else need.fixed
+    return replace(need, fixed=fixed, split_mib=max(need.split_mib, split))
 
 
 def highest(parts: Iterable[Resources]) -> Resources:

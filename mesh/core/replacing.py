@@ -2,11 +2,13 @@
 
 A *superseded* instance runs another engine than its profile would be started with now. It goes on serving until its
 turn. If a copy fits in free memory beside everything, the successor is started first, even above ``max_instances``, and
-the old ones drain once it is READY. Else the old one drains first, and its room is kept for the successor; nobody else
-has to go for either. Whatever waits without an instance comes before that.
+an old one drains once it is READY: as many at once as successors serve. Else as many old ones drain first as it takes,
+and their room is kept for the successor; nobody else has to go for either. Whatever waits without an instance comes
+before that. What an old one takes says more than a guess: the copy must fit if it takes as much.
 
-A drain that makes room for a successor names its own profile as the competitor; whoever carries it out sees to it that
-the profile is waited for, and tells ``Snapshot.replacing`` until the successor is READY or was given up.
+A drain that makes room for a successor names its own profile as the competitor if none of it serves then; whoever
+carries it out sees to it that the profile is waited for, and tells ``Snapshot.replacing`` until the successor is READY
+or was given up. It is, if its room is gone and no client waits for it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from mesh.core.world import GOING, LIVE, Demand, Drain, InstanceView, Reason, Re
 
 
 def finish_replacements(draft: Draft) -> None:
-    """Drain the superseded instances whose successor serves; what they do is finished first, as always."""
+    """Drain a superseded instance for each successor that serves; what it does is finished first, as always."""
     for key in sorted({i.key for i in draft.world.instances if i.superseded}):
         ready = [i for i in draft.live(key) if i.state is State.READY]
-        if any(not i.superseded for i in ready):
-            draft.drain([i for i in ready if i.superseded], Reason.ENGINE_REPLACED)
+        old = sorted((i for i in ready if i.superseded), key=lambda i: _idle_first(draft, i))
+        leaving = sum(i.superseded and i.key == key and i.state in GOING for i in draft.world.instances)
+        draft.drain(old[: max(0, len(ready) - len(old) - leaving)], Reason.ENGINE_REPLACED)
 
 
 def replace_next(draft: Draft, demands: Iterable[Demand]) -> None:
@@ -34,7 +37,7 @@ def replace_next(draft: Draft, demands: Iterable[Demand]) -> None:
     starved = any(not draft.live(key) and key not in draft.started for key in waiting)
     for recipe, old in _in_turn(draft):
         assert recipe.need is not None, "it was asked for"
-        spot = draft.room(recipe.need, draft.now, draft.soon, draft.future)
+        spot = draft.beside(recipe, recipe.need, old)
         if spot is not None and len(draft.live(recipe.key)) <= recipe.max_instances:
             draft.spawn(recipe.key, spot)
             return
@@ -76,23 +79,29 @@ def _in_turn(draft: Draft) -> list[tuple[Recipe, list[InstanceView]]]:
     for key, old in waiting_for.items():
         recipe = draft.world.recipes[key]
         loading = any(i.state is State.SPAWNING for i in draft.live(key))
-        ready = recipe.need is not None and recipe.fresh and recipe.ran_out is None
+        ready = recipe.need is not None and recipe.fresh and recipe.ran_out is None and not recipe.doubtful
         if ready and not loading and draft.obstacle(recipe) is None:
-            old.sort(key=lambda i: (draft.in_use(i), i.idle_since, i.id))
+            old.sort(key=lambda i: _idle_first(draft, i))
             turns.append((recipe, old))
     return sorted(turns, key=lambda turn: (draft.in_use(turn[1][-1]), turn[1][-1].idle_since, turn[0].key))
 
 
+def _idle_first(draft: Draft, i: InstanceView) -> tuple[bool, float, str]:
+    return draft.in_use(i), i.idle_since, i.id
+
+
 def _make_room(draft: Draft, recipe: Recipe, old: list[InstanceView]) -> bool:
-    """Drain one of *old* if that is enough for its successor; first see whether the launch is sound at all."""
+    """Drain as many of *old* as their successor needs, if that is enough; first see whether the launch is sound."""
     assert recipe.need is not None, "it was asked for"
-    for i in old:
-        if draft.room(recipe.need, *(view - i.footprint for view in (draft.now, draft.soon, draft.future))) is None:
-            continue
-        if recipe.vetted:
-            alone = draft.live(recipe.key) == [i]
-            draft.drain([i], Reason.ENGINE_REPLACED, competitor=recipe.key if alone else None)
-        elif not recipe.vetting:
-            draft.decisions.append(Vet(recipe.key))
-        return True
-    return False
+    chosen = draft.choose(recipe.need, old, draft.now, draft.soon, draft.future)
+    if chosen is None:
+        draft.cramped.add(recipe.key)
+        return False
+    if recipe.vetted:
+        going = chosen[0] or old[:1]
+        alone = len(draft.live(recipe.key)) == len(going)
+        draft.drain(going[:-1], Reason.ENGINE_REPLACED)
+        draft.drain(going[-1:], Reason.ENGINE_REPLACED, competitor=recipe.key if alone else None)
+    elif not recipe.vetting:
+        draft.decisions.append(Vet(recipe.key))
+    return True

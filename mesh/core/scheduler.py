@@ -48,13 +48,13 @@ def plan(world: Snapshot) -> Plan:
     while starved := [d for d in demands if d.key not in placed and not draft.live(d.key)]:
         for demand in starved:  # it may cost others that wait their instance: they are placed after it
             placed.add(demand.key)
-            draft.place(demand.key)
+            draft.place(demand)
     for demand in demands:
         if draft.admit(demand):
             draft.scale_out(demand.key)
     draft.retire()  # those whose profile had requests waiting until now, and that got none of them
     replace_next(draft, demands)
-    return Plan(tuple(draft.decisions), frozenset(draft.held))
+    return Plan(tuple(draft.decisions), frozenset(draft.held), frozenset(draft.cramped))
 
 
 def turn(world: Snapshot, demand: Demand) -> tuple[float, bool, str]:

@@ -31,6 +31,9 @@ class Recipe:
     turn_ended: float = -inf  #: when an instance of it last had to go for another profile
     fresh: bool = True  #: False: the need is as it was a while ago and is being looked up again before a start
     ran_out: Resources | None = None  #: where its last load ran out of memory; the next one gets all that idles there
+    guessed: bool = False  #: nothing is known of its size: the need is next to nothing
+    doubtful: bool = False  #: it failed again and again: it is not started without anybody asking for it
+    yielding: bool = False  #: it waits until others fall idle by themselves: none is kept from new work for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class Demand:
     since: float  #: arrival of the oldest
     slotted: int = 0  #: requests that need a slot
     free: int = 0  #: requests that do not (tokenize, prewarm)
+    attended: bool = True  #: False: only the successor of an instance that made room for it waits, and no client
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Snapshot:
     demands: Sequence[Demand]
     foreign: Resources = field(default_factory=Resources)  #: what of the capacity others use; never evictable
     replacing: frozenset[str] = frozenset()  #: profiles whose only instance made way for one with another engine
+    spare_ram_mib: float = inf  #: of the machine, for second copies, if the capacity does not limit main memory
 
     @property
     def ceiling(self) -> Resources:
@@ -116,6 +121,13 @@ class Vet:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgo:
+    """Wait for the successor of *key* no longer: its room is gone, and nobody asked for it."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     instance: str
     reason: Reason
@@ -130,13 +142,14 @@ class Refuse:
     refusal: Refusal
 
 
-Decision = Admit | Spawn | Drain | Refuse | Vet
+Decision = Admit | Spawn | Drain | Refuse | Vet | Forgo
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     decisions: tuple[Decision, ...]
     held: frozenset[str]  #: instances that must get no new work until the next plan
+    cramped: frozenset[str] = frozenset()  #: profiles whose engine was replaced, but whose successor has no room
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from math import inf
 
 from mesh.config.profile import Profile
 from mesh.core import scheduler
+from mesh.core.footprint import Source
 from mesh.core.lifecycle import Event, State
 from mesh.core.replacing import makes_room, still_to_come
-from mesh.core.world import Admit, Decision, Drain, Reason, Recipe, Refuse, Snapshot, Spawn, Vet
+from mesh.core.world import Admit, Decision, Drain, Forgo, Reason, Recipe, Refuse, Snapshot, Spawn, Vet
 from mesh.engine import refusals
 from mesh.engine.abandoned import abandon
 from mesh.engine.instances import ActiveLease, Instance
@@ -33,6 +34,8 @@ __all__ = ["Dispatcher", "Limits"]
 
 class Dispatcher(Lives):
     """See the module docstring. Create it inside the running event loop."""
+
+    _cramped: frozenset[str] = frozenset()  #: of which it was said that their successors have no room
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -80,13 +83,19 @@ class Dispatcher(Lives):
         profile = self.profile(place.key)
         if profile is None or self._open_instance(place.key, place.needs_slot) is not None:
             return None
-        if profile.max_queue and self._queues.length(profile.key) >= profile.max_queue:
+        if profile.max_queue and self._clients(profile.key) >= profile.max_queue:
             self._metrics.queue_drops_full += 1
             return refusals.queue_full(profile.id, profile.max_queue)
-        if self.limits.max_total_queue and self._queues.total >= self.limits.max_total_queue:
+        lonely = sum(place.open for place in self._successors.values())
+        if self.limits.max_total_queue and self._queues.total - lonely >= self.limits.max_total_queue:
             self._metrics.queue_drops_global_limit += 1
             return refusals.node_queue_full(self.limits.max_total_queue)
         return None
+
+    def _clients(self, key: str) -> int:
+        """Return how many requests wait for *key*: a successor that only makes up for its predecessor is none."""
+        successor = self._successors.get(key)
+        return self._queues.length(key) - (successor is not None and successor.open)
 
     def _grant(self, instance: Instance, waiter: Waiter, needs_slot: bool) -> None:
         """Count first, then tell: the count must be right whatever the waiter does next."""
@@ -196,6 +205,7 @@ class Dispatcher(Lives):
             self._successors.pop(key).cancel()
         result = scheduler.plan(world)
         self._held = result.held
+        self._tell_cramped(world, result.cramped)
         for decision in result.decisions:
             self._carry_out(decision)
         if self._queues.total and any(isinstance(d, Admit) for d in result.decisions):
@@ -209,7 +219,8 @@ class Dispatcher(Lives):
             self._empty.set()
 
     def _snapshot(self) -> Snapshot:
-        demands, ledger = self._queues.demands(), self.ledger
+        ledger = self.ledger
+        demands = [replace(d, attended=self._clients(d.key) > 0) for d in self._queues.demands()]
         views = [i.view() for i in self._instances.values()]
         if self._closing:  # a node that stops replaces nothing any more
             views = [replace(v, superseded=False) for v in views]
@@ -219,7 +230,8 @@ class Dispatcher(Lives):
         recipes = {p.key: self._recipe(p, wanted=p.key in wanted) for p in profiles}
         replacing = still_to_come(self._successors, views, waiting)
         views += ledger.ghosts.views()
-        return Snapshot(self._loop.time(), ledger.capacity, recipes, views, demands, ledger.foreign, replacing)
+        return Snapshot(self._loop.time(), ledger.capacity, recipes, views, demands, ledger.foreign, replacing,
+                        ledger.spare_ram_mib())  # fmt: skip
 
     def _recipe(self, profile: Profile, *, wanted: bool) -> Recipe:
         fresh = self._footprints.fresh(profile)  # asked first: the need is then as fresh, whatever time it gets
@@ -236,6 +248,9 @@ class Dispatcher(Lives):
             vetting=self._trust.under_way(profile),
             turn_ended=self._turn_ended.get(profile.key, -inf),
             ran_out=self._ran_out.get(profile.key),
+            guessed=(known := self._footprints.peek(profile)) is not None and known.source is Source.UNKNOWN,
+            doubtful=self._trust.doubtful(profile),
+            yielding=profile.key in self._hidden,
         )
 
     def _carry_out(self, decision: Decision) -> None:
@@ -257,10 +272,20 @@ class Dispatcher(Lives):
                 if makes_room(decision):
                     self._await_successor(instance.profile.key)
                 self._step(instance, Event.DRAIN)
+            case Forgo():
+                log.info("no room for the successor any more: the next request starts it", model=decision.key)
+                self._successors.pop(decision.key).cancel()
             case Refuse():
                 error = self._refusal(decision)
                 for place in self._queues.pop_all(decision.key):
                     self._refuse(place, error)
+
+    def _tell_cramped(self, world: Snapshot, cramped: frozenset[str]) -> None:
+        """Say once for each profile that its old engine goes on, for want of room for the new one."""
+        superseded = {i.key for i in world.instances if i.superseded}
+        for key in sorted(cramped - self._cramped):
+            log.warning("the old engine goes on: there is no room for an instance of the new one", model=key)
+        self._cramped = (self._cramped | cramped) & superseded
 
     def _await_successor(self, key: str) -> None:
         """Start *key* again once there is room, without a request."""
@@ -270,8 +295,10 @@ class Dispatcher(Lives):
 
     def _retries(self, world: Snapshot) -> list[float]:
         """Return when the back-offs of successors that failed to start are over."""
-        failures = map(self._failures.get, {i.key for i in world.instances if i.superseded})
-        return [f.retry_at for f in failures if f is not None and f.retry_at > world.now]
+        keys = {i.key for i in world.instances if i.superseded}
+        backed_off = [f.retry_at for f in map(self._failures.get, keys) if f is not None]
+        doubted = [self._trust.doubted_until(p) for p in map(self.profile, keys) if p is not None]
+        return [moment for moment in (*backed_off, *doubted) if moment > world.now]
 
     def _admit(self, decision: Admit) -> None:
         instance = self._instances[decision.instance]

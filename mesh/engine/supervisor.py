@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.profile import Catalog, Profile
 from mesh.core.lifecycle import Event, State
 from mesh.core.resources import Resources, total
@@ -19,11 +21,11 @@ from mesh.core.world import LIVE
 from mesh.engine.dispatcher import Dispatcher, Limits
 from mesh.engine.failures import FailureInfo
 from mesh.engine.holders import fit_of, memory_only
-from mesh.engine.instances import ActiveLease, InstanceInfo, describe, launch_identity
+from mesh.engine.instances import ActiveLease, Instance, InstanceInfo, describe, launch_identity
 from mesh.engine.memory_report import ModelFit
 from mesh.engine.prewarm import Prewarm, prewarm
-from mesh.engine.replacement import mark_superseded
-from mesh.engine.trial import Guest, hidden, stay, visit
+from mesh.engine.replacement import Found, Watch, differing, look, mark_superseded
+from mesh.engine.trial import Guest, hidden, stay, visit, while_not
 from mesh.errors import DrainingError
 from mesh.host.logring import LogRing
 from mesh.logs import Log
@@ -82,14 +84,37 @@ class Supervisor(Dispatcher):
         for key in {i.profile.key for i in self._instances.values()}:
             self._index(key)
 
-    def engines_changed(self) -> None:
-        """Look whether engines were replaced; what runs an old one is replaced in turn (``mesh.core.replacing``)."""
-        self._post(self._compare_engines)
+    def engines_changed(self, build: str | None = None) -> None:
+        """An engine was installed, of *build* if that is named; what runs an old one is replaced in turn.
 
-    def _compare_engines(self) -> None:
-        usual = [i for i in self._instances.values() if i.profile.key not in self._hidden]
-        for instance, engine in mark_superseded(usual, self._launcher):
-            self._trust.engine_replaced(instance.profile, engine.identity)
+        ``mesh.core.replacing`` says how.
+        """
+        self._watch.installed()
+        self._footprints.forget_looks()
+        mine = (i for i in self._usual() if build in (None, i.profile.engine_build or DEFAULT_BUILD))
+        self._post(partial(self._take_engines, look(map(attrgetter("profile"), mine), self._launcher)))
+
+    async def look_at_engines(self) -> None:
+        """As ``engines_changed``, for what somebody else replaced (trap 93): to be called every few seconds."""
+        found = await self._watch.look(i.profile for i in self._usual())
+        if any(differing(self._usual(), found)):
+            self._footprints.forget_looks()
+            self._post(partial(self._take_engines, found))
+
+    @cached_property
+    def _watch(self) -> Watch:
+        return Watch(self._launcher)
+
+    def _usual(self) -> list[Instance]:
+        return [i for i in self._instances.values() if i.profile.key not in self._hidden]
+
+    def _take_engines(self, found: Found) -> None:
+        changed = list(mark_superseded(self._usual(), found))
+        for instance, _ in changed:
+            self._trust.engine_is_back(instance.profile)
+        for instance, engine in changed:
+            if instance.superseded:
+                self._trust.engine_replaced(instance.profile, engine.identity)
 
     async def prewarm(
         self, profile: Profile, *, wait: bool = True, deadline: float | None = None
@@ -111,15 +136,23 @@ class Supervisor(Dispatcher):
     async def trial(self, profile: Profile, binary: Path | None) -> AsyncIterator[ActiveLease]:
         """Hold a place in an instance of *profile*: of its usual engine, or else of one that runs *binary*.
 
-        The latter is started for this and stopped after it, under the rules of every other; one at a time. Raise the
-        refusal (a ``MeshError``) if it cannot be started, or if there is no room in time.
+        The latter is started for this and stopped after it, under the rules of every other, but that nobody is kept
+        from work for it; one at a time. Raise the refusal (a ``MeshError``) if it cannot be started, or if there is no
+        room in time; and ``DisplacedError``, in the middle of whatever is done with it, once requests wait for
+        *profile* and nothing of it runs: they come first.
         """
         if binary is None:
             async with visit(self, profile) as lease:
                 yield lease
             return
-        async with stay(self, hidden(profile, binary)) as lease:
+        async with while_not(partial(self._misses, profile.key)), stay(self, hidden(profile, binary)) as lease:
             yield lease
+
+    def _misses(self, key: str) -> bool:
+        """Whether requests wait for *key* and nothing of it runs or loads."""
+        return self._clients(key) > 0 and not any(
+            i.profile.key == key and i.state in LIVE and not i.stale for i in self._instances.values()
+        )
 
     async def hide(self, profile: Profile) -> None:
         """See ``mesh.engine.trial.House``."""
@@ -194,12 +227,13 @@ class Supervisor(Dispatcher):
         return tuple(describe(i, now) for i in self._instances.values())
 
     def queues(self) -> Mapping[str, int]:
-        """Return the number of waiting requests per profile key; profiles without any are left out."""
-        return {key: self._queues.length(key) for key in self._queues.keys}
+        """Return the number of waiting requests per profile key; profiles without any are left out, and trials."""
+        waiting = {key: self._clients(key) for key in self._queues.keys if key not in self._hidden}
+        return {key: number for key, number in waiting.items() if number}
 
     def load(self, key: str) -> ProfileLoad:
         """Return how busy *key*'s instances are. Cheap: it is asked for requests that other nodes could serve too."""
-        load = ProfileLoad(queued=self._queues.length(key))
+        load = ProfileLoad(queued=self._clients(key))
         for i in self._instances.values():
             if i.profile.key != key or i.stale:
                 continue
@@ -228,8 +262,8 @@ class Supervisor(Dispatcher):
         return tuple(replace(fit, failure=reasons.get(fit.key)) for fit in fits)
 
     def failures(self) -> Mapping[str, FailureInfo]:
-        """Return the last load failure or crash per profile key."""
-        return self._failures.all()
+        """Return the last load failure or crash per profile key; not those of trials."""
+        return {key: failure for key, failure in self._failures.all().items() if key not in self._hidden}
 
     def log_ring(self, key: str) -> list[tuple[str, LogRing]]:
         """Return the output of each instance of *key*, by instance id."""

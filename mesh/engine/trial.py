@@ -7,7 +7,7 @@ same queue, budget and evictions as every other, and it is gone when the trial i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,19 @@ from typing import ClassVar, Final, Protocol
 from mesh.config.profile import Profile
 from mesh.engine.instances import ActiveLease
 from mesh.engine.lease import Admission, Lease
-from mesh.errors import MeshError
+from mesh.errors import CapacityError, MeshError
 from mesh.tasks import spawn
 
-#: How long a trial waits for room if its profile's requests would wait for ever.
+#: How long a trial waits for room and the load: a hidden one always, others if requests would wait for ever.
 LONGEST_WAIT_S: Final = 600.0
+#: How often is asked whether a trial is in the way of requests.
+ASK_EVERY_S: Final = 0.5
+
+
+class DisplacedError(CapacityError):
+    """The trial had to end: requests need the place."""
+
+    type = "displaced"
 
 
 class House(Admission, Protocol):
@@ -56,7 +64,9 @@ async def visit(house: House, profile: Profile) -> AsyncIterator[ActiveLease]:
     """Hold a place in an instance of *profile*. Raise the refusal (a ``MeshError``) if there is none in time."""
     loop = asyncio.get_running_loop()
     guest, now = Guest(loop.create_future()), loop.time()
-    ticket = house.submit(profile, guest, since=now, deadline=now + (profile.max_wait_s or LONGEST_WAIT_S))
+    limit_s = LONGEST_WAIT_S if profile.engine_path else 0.0  # its load is no queue
+    deadline = now + max(limit_s, profile.max_wait_s or LONGEST_WAIT_S)
+    ticket = house.submit(profile, guest, since=now, deadline=deadline)
     try:
         lease = await guest.lease
         assert isinstance(lease, ActiveLease), "the supervisor gives no others"
@@ -83,6 +93,31 @@ async def stay(house: House, profile: Profile) -> AsyncIterator[ActiveLease]:
             yield lease
     finally:
         await asyncio.shield(spawn(house.forget(profile), f"end of the trial of {profile.id}"))
+
+
+@asynccontextmanager
+async def while_not(unwelcome: Callable[[], bool]) -> AsyncIterator[None]:
+    """Cancel what is done inside once *unwelcome*, and raise ``DisplacedError`` for it."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as limit:
+
+            async def ask() -> None:
+                times = 0
+                while times < 2:  # once may be before the next plan
+                    await asyncio.sleep(ASK_EVERY_S)
+                    times = times + 1 if unwelcome() else 0
+                limit.reschedule(loop.time())
+
+            asking = spawn(ask(), "is the trial in the way")
+            try:
+                yield
+            finally:
+                asking.cancel()
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DisplacedError("requests wait for this model, so the trial made way for them") from error
 
 
 def hidden(profile: Profile, binary: Path) -> Profile:

@@ -8,6 +8,7 @@ edited, or to wait ``DOUBT_S``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Final
 
 from mesh.config.profile import Profile
@@ -57,6 +58,15 @@ class Trust:
         """What is known of *profile* is not known of the engine that would run it now."""
         self._engines[profile.key] = identity
 
+    def engine_is_back(self, profile: Profile) -> None:
+        """What ran it before its engine was replaced would run it now."""
+        self._engines.pop(profile.key, None)
+
+    def doubted_until(self, profile: Profile) -> float:
+        """Return when ``doubtful`` ends; the past if it is not."""
+        count, last_at = self._failures.get(self._identity(profile), (0, 0.0))
+        return last_at + DOUBT_S if count >= DOUBTED_AFTER else -inf
+
     def under_way(self, profile: Profile) -> bool:
         return profile.key in self._under_way
 
@@ -82,8 +92,7 @@ class Trust:
 
     def doubtful(self, profile: Profile) -> bool:
         """Whether it failed so often that nobody goes for it any more."""
-        count, last_at = self._failures.get(self._identity(profile), (0, 0.0))
-        return count >= DOUBTED_AFTER and self._clock() < last_at + DOUBT_S
+        return self._clock() < self.doubted_until(profile)
 
     def _identity(self, profile: Profile) -> tuple[object, ...]:
         """Name the launch; a file or an engine that was replaced makes it another one."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mesh import __version__
+from mesh.api import cluster
 from mesh.api.own_state import LEARN_EVERY_S, OwnState
 from mesh.api.usage import Timings
 from mesh.config.profile import Catalog, Profile
@@ -400,3 +401,22 @@ async def test_a_disk_that_takes_nothing_is_told_of_once(tmp_path: Path, caplog:
     assert caplog.text.count("speeds are kept in memory only") == 1
     await own.save(tmp_path / "speeds.json")
     assert (tmp_path / "speeds.json").exists(), "it tried again"
+
+
+def test_a_trial_is_no_load_that_is_learned_from() -> None:
+    node = Node()
+    own = own_state(node)
+    node.supervisor.views = [FakeInstance("i-1", "smol#canary", "Smol (canary)", hidden=True)]
+    own.time_loads(1.0)
+    assert own._speeds == {}
+
+
+def test_a_trial_is_seen_by_operators_only() -> None:
+    node = Node()
+    node.supervisor.views = [
+        FakeInstance("i-1", "smol#canary", "Smol (canary)", active=1, hidden=True),
+        FakeInstance("i-2", SMOL.key, "Smol", active=2),
+    ]
+    told = cluster.own_state(node.ctx)
+    assert (told["loaded_models"], told["active_instances"]) == (["Smol"], 2)
+    assert node.ctx.gauges().active == {"Smol": 2}

@@ -21,7 +21,7 @@ from mesh.core.world import (
     Vet,
 )
 from tests.core.replacing_rules import RULES as REPLACING_RULES
-from tests.core.replacing_rules import is_replacement
+from tests.core.replacing_rules import is_replacement, what_is_charged_is_what_was_needed
 from tests.core.simulation import apply, settled
 from tests.core.worlds import Planner, available, ending, living, owned, staying
 
@@ -194,6 +194,8 @@ def nobody_leaves_while_it_fits(planner: Planner, world: Snapshot) -> None:
     recipe = next(iter(_starved(planner, world)), None)
     if recipe is None or recipe.ran_out is not None or recipe.need is None:
         return
+    if recipe.key in world.replacing and any(i.key == recipe.key and i.superseded for i in world.instances):
+        return  # its predecessor leaves first
     if place(recipe.need, Resources(available(world)), owned(world)) is not None:
         decisions = planner(world).decisions
         assert recipe.key in {d.key for d in decisions if isinstance(d, Spawn)}
@@ -230,21 +232,6 @@ def looks_over_only_what_needs_it(planner: Planner, world: Snapshot) -> None:
             assert d.key not in {x.key for x in result.decisions if isinstance(x, Spawn)}
 
 
-def what_is_charged_is_what_was_needed(planner: Planner, world: Snapshot) -> None:
-    """A new instance is charged its whole need, on GPUs that it may use."""
-    for d in planner(world).decisions:
-        if isinstance(d, Spawn):
-            need = world.recipes[d.key].need
-            assert need is not None
-            spread = gpu_kinds(d.footprint)
-            assert bool(spread) == bool(gpu_kinds(world.capacity) and need.gpu_mib)
-            extra = (need.each_mib + (need.grain_mib if len(spread) > 1 else 0)) * max(1, len(spread))
-            assert d.footprint.mib.get(VRAM, 0) == (need.split_mib + extra if need.gpu_mib else 0)
-            assert not spread or sum(d.footprint.mib[kind] for kind in spread) == d.footprint.mib[VRAM]
-            assert d.footprint.mib.get(RAM, 0) == need.fixed.mib.get(RAM, 0)
-            assert need.gpus is None or set(spread) <= set(need.gpus)
-
-
 def after_running_out_of_memory_it_gets_all_that_idles_there(planner: Planner, world: Snapshot) -> None:
     """Trap 46: the ledger was wrong, so nothing may idle, or be on its way out, where the load is tried again."""
     result = planner(world)
@@ -254,7 +241,8 @@ def after_running_out_of_memory_it_gets_all_that_idles_there(planner: Planner, w
         if not isinstance(d, Spawn):
             continue
         recipe = world.recipes[d.key]
-        if recipe.ran_out is None or recipe not in _starved(planner, world):
+        lonely = any(x.key == d.key and not x.attended for x in world.demands)  # nobody goes for it
+        if recipe.ran_out is None or recipe not in _starved(planner, world) or lonely:
             continue
         assert recipe.need is not None
         if not recipe.need.gpu_mib and gpu_kinds(recipe.ran_out):

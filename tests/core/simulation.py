@@ -9,7 +9,7 @@ from itertools import count
 from mesh.core.lifecycle import State
 from mesh.core.replacing import makes_room
 from mesh.core.scheduler import next_wakeup
-from mesh.core.world import Admit, Demand, Drain, InstanceView, Plan, Reason, Refuse, Snapshot, Spawn, Vet
+from mesh.core.world import Admit, Demand, Drain, Forgo, InstanceView, Plan, Reason, Refuse, Snapshot, Spawn, Vet
 from tests.core.worlds import Planner, forgetting
 
 
@@ -31,7 +31,7 @@ def apply(world: Snapshot, plan: Plan) -> Snapshot:
             case Drain(instance=id_, reason=reason, competitor=competitor):
                 i = instances[id_]
                 if competitor == i.key:  # its successor is waited for
-                    old = demands.get(i.key) or Demand(i.key, world.now)
+                    old = demands.get(i.key) or Demand(i.key, world.now, attended=False)
                     demands[i.key], replacing = replace(old, free=old.free + 1), replacing | {i.key}
                 if reason is Reason.ROOM and i.key in recipes:
                     recipes[i.key] = replace(recipes[i.key], turn_ended=world.now)
@@ -39,6 +39,8 @@ def apply(world: Snapshot, plan: Plan) -> Snapshot:
                 instances[id_] = replace(i, state=State.STOPPING if idle else State.DRAINING)
             case Refuse(key=key):
                 del demands[key]
+            case Forgo(key=key):
+                demands[key] = replace(demands[key], free=demands[key].free - 1)
             case Vet(key=key):
                 recipes[key] = replace(recipes[key], vetting=True)
     left = [d for d in demands.values() if d.slotted or d.free]
@@ -90,7 +92,7 @@ def vetted(world: Snapshot, key: str) -> Snapshot:
 
 def arrived(world: Snapshot, key: str, slotted: int = 0, free: int = 0) -> Snapshot:
     old = next((d for d in world.demands if d.key == key), None) or Demand(key, world.now)
-    new = replace(old, slotted=old.slotted + slotted, free=old.free + free)
+    new = replace(old, slotted=old.slotted + slotted, free=old.free + free, attended=True)
     return replace(world, demands=[*(d for d in world.demands if d.key != key), new])
 
 
@@ -160,6 +162,8 @@ class Simulation:
                 self._served[x.key] = before.now
             elif isinstance(x, Refuse):
                 del self._line[x.key]
+            elif isinstance(x, Forgo):
+                self._line[x.key].pop()
             elif isinstance(x, Drain) and makes_room(x):
                 self._line.setdefault(x.competitor or "", []).append(before.now)
         after = apply(before, result)

@@ -57,3 +57,14 @@ def test_whoever_loses_its_instance_to_another_is_placed_after_it(planner: Plann
     waits = (Demand("w", NOW - 9, 1), Demand("a", NOW - 1, 1))
     w = world(ready("a1", "a", 5), vram=12, demands=waits, w=recipe("w", 9), a=recipe("a", 2))
     assert planner(w).decisions == (Drain("a1", Reason.ROOM, "w"), Spawn("a", MIB(vram_mib=2)))
+
+
+def test_what_a_busy_one_that_leaves_has_is_not_free_soon(planner: Planner) -> None:
+    """So an idle one goes as well: a request may take for ever."""
+    outdated = ready("a1", "a", 8, active=1, busy=1, stale=True)
+    w = world(
+        outdated, ready("c1", "c", 8), vram=17, demands=(Demand("n", NOW, 1),),
+        a=recipe("a", 8), c=recipe("c", 8), n=recipe("n", 8),
+    )  # fmt: skip
+    went = {d.instance: d.reason for d in planner(w).decisions if isinstance(d, Drain)}
+    assert went == {"a1": Reason.PROFILE_CHANGED, "c1": Reason.ROOM}

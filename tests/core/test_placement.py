@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.core.placement import Need, again, gpu_kinds, highest, place, shares
+from mesh.core.placement import Need, again, at_least, gpu_kinds, highest, place, shares
 from mesh.core.resources import RAM, VRAM, Resources
 from tests.core.placement_rules import RULES, Case, Placer, Rule, cases, seeded_cases
 
@@ -118,3 +120,14 @@ def test_shares_of_huge_proportions() -> None:
     assert shares(100, (1e308, 1.0)) == [100, 0]
     assert shares(100, (1e308, 1e308)) == [50, 50]
     assert sum(shares(100, (float("nan"), 1.0))) == 100
+
+
+def test_at_least_what_another_has() -> None:
+    """Of main memory, and of the divisible part of GPU memory; each GPU's own part is not counted twice."""
+    need = Need(Resources({RAM: 3, "instances": 1}), split_mib=4, each_mib=2)
+    assert at_least(need, Resources({RAM: 1, "gpu0": 5, "vram": 5})) == need
+    assert at_least(need, Resources({RAM: 9, "gpu0": 8, "vram": 8})) == replace(
+        need, fixed=Resources({RAM: 9, "instances": 1}), split_mib=6
+    )
+    assert at_least(need, Resources({"gpu0": 5, "gpu1": 5, "vram": 10})).split_mib == 6
+    assert at_least(Need(), Resources({"vram": 8})).split_mib == 8

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mesh.core.lifecycle import State
+from mesh.core.placement import Need
 from mesh.core.replacing import still_to_come
 from mesh.core.scheduler import plan
-from mesh.core.world import Admit, Demand, Drain, InstanceView, Reason, Snapshot, Spawn, Vet
+from mesh.core.world import Admit, Demand, Drain, Forgo, InstanceView, Reason, Snapshot, Spawn, Vet
 from tests.core.replacing_rules import what_can_be_replaced_is
 from tests.core.simulation import Simulation, apply, ended, gone, loaded
 from tests.core.test_scheduler import MIB, ready, recipe, world
@@ -192,3 +193,112 @@ def test_whoever_waits_for_the_first_request_of_a_successor_is_told_apart() -> N
 def test_every_replaced_engine_is_gone_at_last() -> None:
     for seeded in seeded_worlds(800, seed=13):
         what_can_be_replaced_is(plan, seeded)
+
+
+def made_room(*others: InstanceView, foreign: int = 0, **more: object) -> Snapshot:
+    """ "a" left for its successor, which nobody else waits for; others use *foreign* of what it left."""
+    lonely = (Demand("a", NOW, free=1, attended=False),)
+    w = world(*others, demands=lonely, a=recipe("a", 6), o=recipe("o", 4))
+    return replace(w, replacing=frozenset("a"), foreign=MIB(vram_mib=foreign), **more)  # type: ignore[arg-type]
+
+
+def test_a_successor_that_nobody_waits_for_is_given_up_when_its_room_is_gone(planner: Planner) -> None:
+    """Rather than that others go, or are held, for it."""
+    for other in (ready("o1", "o", 4), ready("o1", "o", 4, active=1, busy=1)):
+        result = planner(made_room(other, foreign=3))
+        assert (result.decisions, result.held) == ((Forgo("a"),), frozenset())
+    w = made_room(ready("o1", "o", 4), foreign=3)
+    asked = replace(w, demands=(Demand("a", NOW, slotted=1, free=1),))
+    assert planner(asked).decisions == (Drain("o1", Reason.ROOM, "a"),)
+    unvetted = replace(w, recipes={**w.recipes, "a": recipe("a", 6, vetted=False)})
+    assert planner(unvetted).decisions == (Forgo("a"),)
+
+
+def test_a_successor_that_nobody_waits_for_keeps_its_room(planner: Planner) -> None:
+    leaving = old("a1", "a", 6, state=State.DRAINING, active=1, busy=1)
+    w = made_room(leaving, ready("o1", "o", 4))
+    assert planner(w).decisions == ()
+    other = replace(w, demands=(*w.demands, Demand("n", NOW + 1, 1)), recipes={**w.recipes, "n": recipe("n", 5)})
+    assert planner(other).decisions == ()
+    assert planner(gone(ended(w, "a1"), "a1")).decisions == (Spawn("a", MIB(vram_mib=6)),)
+    other_leaves = replace(w, instances=[ready("o1", "o", 6, state=State.STOPPING)])
+    assert planner(other_leaves).decisions == ()
+
+
+def test_what_the_old_one_takes_says_more_than_a_guess(planner: Planner) -> None:
+    """No second copy beside one that is seen to use eight of ten, nor before it is gone."""
+    for odd in (recipe("a", 1, guessed=True), recipe("a", 2)):
+        w = world(old("a1", "a", 8, active=1, busy=1), a=odd)
+        assert planner(w).decisions == (Drain("a1", REPLACED, "a"),)
+        w = step(planner, w)
+        assert planner(w).decisions == ()
+        w = gone(ended(w, "a1"), "a1")
+        assert [type(d) for d in planner(w).decisions] == [Spawn]
+    w = world(old("a1", "a", 4), a=recipe("a", 2))
+    assert planner(w).decisions == (Spawn("a", MIB(vram_mib=4)),)
+
+
+def test_a_second_copy_of_unknown_size_is_not_tried_even_where_all_is_free(planner: Planner) -> None:
+    w = world(old("a1", "a", 1), vram=99, a=recipe("a", 1, guessed=True))
+    assert planner(w).decisions == (Drain("a1", REPLACED, "a"),)
+
+
+def test_without_a_limit_the_machines_own_memory_is_one(planner: Planner) -> None:
+    """No second copy of 60 GB on a machine of 64."""
+    big = replace(recipe("a", 0), need=Need(MIB(ram_mib=60)))
+    serving = replace(old("a1", "a", 0), footprint=MIB(ram_mib=60))
+    w = replace(world(serving, a=big), capacity=MIB(), spare_ram_mib=59.0)
+    assert planner(w).decisions == (Drain("a1", REPLACED, "a"),)
+    assert planner(step(planner, w)).decisions == ()  # it is not gone yet
+    roomy = replace(w, spare_ram_mib=60.0)
+    assert planner(roomy).decisions == (Spawn("a", MIB(ram_mib=60)),)
+    loads = ready("b1", "b", 0, state=State.SPAWNING, footprint=MIB(ram_mib=1))
+    also = replace(roomy, instances=[serving, loads], recipes={"a": big, "b": recipe("b", 0)})
+    assert planner(also).decisions == (Drain("a1", REPLACED, "a"),)
+
+
+def test_one_goes_for_each_successor_that_serves(planner: Planner) -> None:
+    """The others go on; idle ones first, and nobody more while one is on its way out."""
+    busy = [old(f"a{n}", "a", 2, active=1, busy=1) for n in (1, 2, 3)]
+    w = world(*busy, ready("b1", "a", 2), old("a4", "a", 2), vram=99, a=recipe("a", 2, max_instances=4))
+    assert planner(w).decisions == (Drain("a4", REPLACED),)
+    w = step(planner, w)
+    assert planner(w).decisions == ()
+    two = replace(w, instances=[*w.instances, ready("b2", "a", 2)])
+    assert planner(two).decisions == (Drain("a1", REPLACED),)
+
+
+def test_as_many_make_room_as_it_takes(planner: Planner) -> None:
+    """A new engine may need more; the first request is waited for if none is left, else nobody notices."""
+    two = [old("a1", "a", 5, active=1, busy=1), old("a2", "a", 5)]
+    w = world(*two, a=recipe("a", 6, max_instances=2))
+    assert planner(w).decisions == (Drain("a2", REPLACED), Drain("a1", REPLACED, "a"))
+    assert step(planner, w).replacing == {"a"}
+    three = [*two, old("a3", "a", 5, active=1, busy=1)]
+    w = world(*three, vram=15, a=recipe("a", 6, max_instances=3))
+    assert planner(w).decisions == (Drain("a2", REPLACED), Drain("a1", REPLACED))
+
+
+def test_who_never_has_room_is_told(planner: Planner) -> None:
+    w = world(old("a1", "a", 6), ready("o1", "o", 4), a=recipe("a", 7), o=recipe("o", 4))
+    result = planner(w)
+    assert result.decisions == ()
+    assert result.cramped == {"a"}
+    assert planner(replace(w, capacity=MIB(vram_mib=11))).cramped == frozenset()
+
+
+def test_one_that_failed_again_and_again_is_left_alone(planner: Planner) -> None:
+    w = world(old("a1", "a", 4), a=recipe("a", 4, doubtful=True))
+    assert planner(w).decisions == ()
+    asked = replace(w, instances=[], demands=(Demand("a", NOW, 1),))
+    assert planner(asked).decisions == (Spawn("a", MIB(vram_mib=4)),)
+
+
+def test_a_guest_keeps_nobody_from_work(planner: Planner) -> None:
+    waits = (Demand("g", NOW, 1),)
+    busy = ready("o1", "o", 8, active=1, busy=1)
+    w = world(busy, demands=waits, g=recipe("g", 8, yielding=True), o=recipe("o", 8))
+    assert planner(w).held == frozenset()
+    assert planner(replace(w, recipes={**w.recipes, "g": recipe("g", 8)})).held == {"o1"}
+    idle = replace(w, instances=[ready("o1", "o", 8)])
+    assert planner(idle).decisions == (Drain("o1", Reason.ROOM, "g"),)

@@ -113,7 +113,19 @@ def make_world(pick: Pick) -> Snapshot:
     waiting = [d for d in demands if d.slotted or d.free]
     world = Snapshot(NOW, capacity, recipes, instances, waiting, make_foreign(pick, capacity))
     made_way = frozenset(d.key for d in waiting if d.free and pick(0, 2) == 0)
-    return forgetting(replace(world, replacing=made_way))
+    world = replace(world, replacing=made_way, spare_ram_mib=inf if RAM in capacity.mib else float(pick(0, 24)))
+    return forgetting(_with_doubts(pick, world))
+
+
+def _with_doubts(pick: Pick, world: Snapshot) -> Snapshot:
+    """Return *world* with successors that nobody else waits for, and profiles of which little is known."""
+    lonely = [d.key for d in world.demands if d.key in world.replacing and not d.slotted and d.free == 1 and pick(0, 2)]
+    recipes = {
+        key: replace(r, guessed=pick(0, 9) == 0, doubtful=pick(0, 9) == 0, yielding=pick(0, 9) == 0)
+        for key, r in world.recipes.items()
+    }
+    demands = [replace(d, attended=d.key not in lonely) for d in world.demands]
+    return replace(world, recipes=recipes, demands=demands)
 
 
 def forgetting(world: Snapshot) -> Snapshot:
@@ -140,9 +152,9 @@ def ending(i: InstanceView) -> bool:
     return i.state is State.STOPPING or (i.state is State.DRAINING and not i.active)
 
 
-def living(world: Snapshot, key: str) -> list[InstanceView]:
-    """Return the instances of *key* that serve it, or will."""
-    return [i for i in world.instances if i.key == key and i.state in LIVE and not i.stale]
+def living(world: Snapshot, key: str | None) -> list[InstanceView]:
+    """Return the instances of *key* (None: of any profile) that serve it, or will."""
+    return [i for i in world.instances if key in (None, i.key) and i.state in LIVE and not i.stale]
 
 
 def make_foreign(pick: Pick, capacity: Resources) -> Resources:

@@ -50,7 +50,8 @@ class House:
         self.profile = make_profile(
             "-np", "2", max_concurrent=2, env=env, estimate=Resources.of(vram_mib=6), max_wait_s=30
         )
-        self.launcher = Launcher(Engines({"default": LlamaCpp(binary_path=str(self.link))}))
+        made = LlamaCpp(binary_path=str(self.link), repo_url="https://example.invalid/llama.cpp")
+        self.launcher = Launcher(Engines({"default": made}))
         self.sup = Supervisor(
             catalog=catalog(self.profile),
             launcher=self.launcher,
@@ -150,3 +151,29 @@ async def test_a_new_binary_that_does_not_start_leaves_the_old_one_in_service(tm
         number = len(node.served)
         await node.until(lambda: len(node.served) > number + 4)
         assert set(node.served) == {"aaaaaaa1"}
+
+
+async def test_a_binary_that_is_gone_for_a_moment_stops_nothing(tmp_path: Path) -> None:
+    """The default build falls back on the embedded engine; that is good for a start only."""
+    async with house(tmp_path, 10) as node, httpx.AsyncClient(trust_env=False) as http:
+        await node.ask(node.profile, http)
+        node.link.unlink()
+        assert node.launcher.engine(node.profile).source == "embedded"
+        node.sup.engines_changed()
+        for _ in range(3):
+            await node.sup.look_at_engines()
+        assert [i.superseded for i in node.sup.instances()] == [False]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF", b"#!/bin/sh\nexit 127\n", b"#!/bin/sh\nkill -SEGV $$\n"])
+async def test_what_cannot_run_at_all_is_nobodys_successor(tmp_path: Path, content: bytes) -> None:
+    """And where both do not fit, it is found out before the old one stops."""
+    async with house(tmp_path, 10) as node, httpx.AsyncClient(trust_env=False) as http:
+        await node.ask(node.profile, http)
+        broken = build(tmp_path, "bbbbbbb2")
+        broken.write_bytes(content)
+        install(node.link, broken)
+        node.sup.engines_changed()
+        await node.until(lambda: bool(node.sup.failures()))
+        await node.ask(node.profile, http)
+    assert set(node.served) == {"aaaaaaa1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from mesh.config.profile import Profile
 from mesh.core.lifecycle import State
 from mesh.engine.instances import ActiveLease
+from mesh.engine.trial import ASK_EVERY_S, LONGEST_WAIT_S, DisplacedError, while_not
 from mesh.errors import DrainingError, InstanceError, QueueTimeoutError
 from tests.engine.supervised import World, catalog, engine, profile
 
@@ -118,7 +120,11 @@ async def test_without_room_it_ends_at_its_deadline() -> None:
     with pytest.raises(QueueTimeoutError, match="b \\(canary\\)"):
         async with w.sup.trial(B, NEW):
             pass
-    assert loop.time() - begun == 7.0
+    assert loop.time() - begun == LONGEST_WAIT_S  # a load may take longer than requests may wait
+    with pytest.raises(QueueTimeoutError):
+        async with w.sup.trial(B, None):
+            pass
+    assert loop.time() - begun == LONGEST_WAIT_S + 7.0
     assert w.sup.profile("b:default#canary") is None
 
 
@@ -208,3 +214,80 @@ async def test_a_request_that_was_cut_off_counts_until_the_child_has_noticed() -
     w.launcher[0].slots_busy = 0
     await asyncio.sleep(3)
     assert [(i.active, i.busy) for i in w.sup.instances()] == [(0, 0)]
+
+
+async def test_it_makes_way_for_requests_whose_model_it_took_the_place_of() -> None:
+    """And the next plan starts that again."""
+    w = world(B)
+    client = w.ask(B)
+    w.launcher[0].healthy()
+    client.done()
+    async with loaded(w, B, NEW) as trial:
+        await asyncio.sleep(60)
+        assert not trial.task.done()
+        waits = w.ask(B, wait_s=60)
+        await asyncio.sleep(3)
+        with pytest.raises(DisplacedError, match="requests wait"):
+            await trial.task
+    w.launcher[-1].healthy()
+    assert waits.lease is not None
+    assert w.sup.profile("b:default#canary") is None
+
+
+async def test_it_makes_way_while_it_loads_too() -> None:
+    w = world(B)
+    trial = Trial(w, B, NEW)
+    await asyncio.sleep(0.2)
+    w.ask(B)
+    await asyncio.sleep(3)
+    with pytest.raises(DisplacedError):
+        await trial.task
+    assert [i.key for i in w.sup.instances()] == [B.key]
+
+
+async def test_it_stays_while_its_model_runs_beside_it() -> None:
+    w = world(A)
+    async with loaded(w, A, NEW) as trial:
+        w.ask(A)
+        w.launcher[-1].healthy()
+        assert w.ask(A).waits
+        await asyncio.sleep(60)
+        assert not trial.task.done()
+
+
+async def test_nobody_is_kept_from_work_for_it() -> None:
+    w = world(A, B)
+    w.ask(B)
+    w.launcher[0].healthy(slots=2)
+    trial = Trial(w, A, NEW)
+    await asyncio.sleep(100)
+    assert w.ask(B).lease is not None
+    trial.task.cancel()
+    await asyncio.wait([trial.task])
+
+
+async def test_only_operators_see_it() -> None:
+    w = world(A)
+    async with loaded(w, A, NEW):
+        assert [i.hidden for i in w.sup.instances()] == [True]
+        w.ask(A)
+        assert [i.hidden for i in w.sup.instances()] == [True, False]
+    w = world(B)
+    trial = Trial(w, B, NEW)
+    await asyncio.sleep(0.05)
+    assert dict(w.sup.queues()) == {}
+    await asyncio.sleep(0.2)
+    w.launcher[0].exit(1, "cannot load")
+    assert dict(w.sup.failures()) == {}
+    with pytest.raises(InstanceError):
+        await trial.task
+
+
+async def test_who_waits_for_a_moment_ends_nothing() -> None:
+    """Before the next plan has started what they wait for."""
+    answers = itertools.chain([False, True, False, True, False], itertools.repeat(True))
+    loop = asyncio.get_running_loop()
+    with pytest.raises(DisplacedError):
+        async with while_not(lambda: next(answers)):
+            await asyncio.sleep(100)
+    assert loop.time() == 7 * ASK_EVERY_S

@@ -57,12 +57,40 @@ def script(tmp_path: Path, text: str) -> EngineBinary:
     [
         "exit 0",
         "echo 'error: invalid argument: --version'; exit 1",
-        "echo 'Illegal instruction'; kill -ILL $$",
         "echo 'error: cannot reach the licence server'; exit 1",
     ],
 )
 async def test_only_a_clear_refusal_counts(tmp_path: Path, text: str) -> None:
     assert await complaint(make_profile(), script(tmp_path, text)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("kill -ILL $$", "illegal instruction"),
+        ("kill -SEGV $$", "segmentation fault"),
+        ("exit 139", "exit code 139"),
+        ("echo 'llama-server: error while loading shared libraries: libggml.so'; exit 1", "libggml.so"),
+        ("exec /no/such/program", "exit code 127"),
+    ],
+)
+async def test_a_program_that_cannot_run_accepts_nothing(tmp_path: Path, text: str, answer: str) -> None:
+    """A file that was half copied, or made for another machine: nobody goes for it."""
+    told = await complaint(make_profile(), script(tmp_path, text))
+    assert told is not None
+    assert answer in told
+
+
+def copy(program: Path, file: Path, share: float) -> None:
+    whole = program.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * share)])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["empty", "half copied"])
+async def test_a_file_that_is_no_program_accepts_nothing(tmp_path: Path, share: float) -> None:
+    engine = script(tmp_path, "")
+    copy(Path("/bin/sh"), Path(engine.argv[0]), share)
+    assert await complaint(make_profile(), engine) is not None
 
 
 async def test_an_engine_that_does_not_know_the_question() -> None:
