@@ -4,9 +4,11 @@
     - ``ConfigError``        the operator edits a file
     - ``RequestError``       the caller changes the request (4xx)
         - ``AuthError``, ``UnknownModelError``, ``BodyTooLargeError``, ``BodyTimeoutError``
+        - ``UnsupportedAudioError``  the file is of a kind that the engine does not read
     - ``CapacityError``      the caller tries again later (``retry_after_s`` says when)
         - ``QueueFullError``, ``QueueTimeoutError``, ``DrainingError``, ``TooLargeError`` (never fits: no retry)
     - ``InstanceError``      a child process could not be started, never became healthy, or died
+        - ``ProcessingError``  it lives, and could not do what it was asked
     - ``EngineMissingError`` no llama-server to run
     - ``BuildError``         a build of llama.cpp failed or was rejected; what ran before runs on
         - ``BuildBusyError``    another one is in progress
@@ -92,6 +94,13 @@ class BodyTimeoutError(RequestError):
     type = "request_timeout"
 
 
+class UnsupportedAudioError(RequestError):
+    """The engine does not read files of this kind. The message says what it looks like, and what can be read."""
+
+    status = 415
+    type = "unsupported_media_type"
+
+
 class CapacityError(MeshError):
     """Not now. ``retry_after_s`` is sent as Retry-After."""
 
@@ -149,6 +158,13 @@ class InstanceError(MeshError):
     status = 503
     type = "instance_failed"
     source = "instance"
+
+
+class ProcessingError(InstanceError):
+    """A child lives, took a request, and could not do it. The message has the line of its log that says why."""
+
+    status = 500
+    type = "processing_failed"
 
 
 class UpstreamError(MeshError):
