@@ -30,7 +30,7 @@ from mesh.core.devices import Devices
 from mesh.core.gpu_choice import named
 from mesh.core.resources import RAM
 from mesh.engine.footprints import FootprintBook
-from mesh.engine.locate import Engines
+from mesh.engine.kinds import engines as engines_of
 from mesh.engine.runner import Launcher
 from mesh.engine.status import EngineStatus
 from mesh.engine.supervisor import Limits, Supervisor
@@ -39,6 +39,7 @@ from mesh.errors import ConfigError
 from mesh.host.devices import DeviceReader
 from mesh.host.memory import ram_available_mib, ram_total_mib
 from mesh.host.ports import PortAllocator
+from mesh.host.scratch import Scratch
 from mesh.logs import Log, Logging, configure
 from mesh.member import MeshMember
 from mesh.metrics import Metrics
@@ -93,9 +94,10 @@ class Node:
         self.metrics = Metrics(settings.node_id, wall_time())
         self.metrics.restore(self._metrics_path)
         ports = settings.llama_cpp_ports.numbers() if settings.llama_cpp_ports is not None else None
-        engines = Engines(settings.build_settings())
-        self._launcher = Launcher(engines, PortAllocator(ports))
-        self._engine = EngineStatus(engines)
+        engines = engines_of(settings)
+        self._scratch = Scratch(scratch_path(settings).absolute())
+        self._launcher = Launcher(engines, PortAllocator(ports), self._scratch)
+        self._engine = EngineStatus(engines, lambda: {p.engine for p in self.supervisor.catalog.profiles})
         self._footprints = FootprintBook(
             engine=engines.of,
             ram_limit_mib=lambda: self.supervisor.ledger.capacity.mib.get(RAM),
@@ -141,6 +143,7 @@ class Node:
     async def start(self) -> None:
         """Listen and serve. Raise ``ConfigError`` if the port is taken or a certificate cannot be used."""
         await self._look_at_the_machine()
+        await asyncio.to_thread(self._scratch.clear)
         await self.listener.start()
         if self._member is not None:
             await self._member.start(self.listener.host, self.listener.port)
@@ -284,6 +287,12 @@ def footprints_path(settings: Settings) -> Path:
     """Return where a node with *settings* keeps what it learned of its models' memory."""
     metrics = Path(settings.metrics_path).expanduser()
     return metrics.with_name(metrics.stem + ".footprints.json")
+
+
+def scratch_path(settings: Settings) -> Path:
+    """Return where children of a node with *settings* get their directories."""
+    metrics = Path(settings.metrics_path).expanduser()
+    return metrics.with_name(metrics.stem + ".scratch")
 
 
 def limits(settings: Settings) -> Limits:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -167,3 +167,11 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_dir(environ: Mapping[str, str]) -> Path:
+    """Return where downloads are kept: $LLAMA_MESH_CACHE, else llama-mesh in the user's cache directory."""
+    if chosen := environ.get("LLAMA_MESH_CACHE"):
+        return Path(chosen).expanduser()
+    home_cache = environ.get("XDG_CACHE_HOME")
+    return (Path(home_cache) if home_cache else Path.home() / ".cache") / "llama-mesh"

@@ -19,6 +19,7 @@ from mesh.build.manager import BuildManager
 from mesh.build.spec import specs_of
 from mesh.build.tester import BuildTester
 from mesh.config.builds import DEFAULT_BUILD
+from mesh.config.engines import keys_of
 from mesh.config.settings import Settings
 from mesh.engine.children import own_env
 from mesh.engine.supervisor import Supervisor
@@ -60,9 +61,12 @@ class Trials:
     async def trial(self, profile_name: str, binary: Path | None) -> AsyncIterator[TrialServer]:
         """Lend an instance of *profile_name* that runs *binary*, or with None its usual engine.
 
-        Raise ``UnknownModelError`` if the cookbook has no such profile, and what the queue and the load may raise.
+        Raise ``UnknownModelError`` if the cookbook has no such profile, or none that a llama-server runs, and what the
+        queue and the load may raise.
         """
         profile = self._supervisor.catalog.resolve(profile_name)
+        if not (keys := keys_of(profile.engine)).has_builds:
+            raise UnknownModelError(f"{profile.id} is run by {keys.program}: no canary for a llama-server")
         async with self._supervisor.trial(profile, binary) as lease:
             endpoint = lease.endpoint
             yield TrialServer(f"http://{endpoint.host}:{endpoint.port}", endpoint.api_key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -14,16 +14,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from mesh.cli.failure import CliError
 from mesh.cli.package_index import Index, PinnedFile, sha256_of
+from mesh.files import cache_dir as cache_dir  # it belongs to this module's vocabulary
 
 ROOM_FIX = "Free some space, or set LLAMA_MESH_CACHE to a directory on a larger disk."
-
-
-def cache_dir(environ: Mapping[str, str]) -> Path:
-    """Return where downloads are kept: $LLAMA_MESH_CACHE, else llama-mesh in the user's cache directory."""
-    if chosen := environ.get("LLAMA_MESH_CACHE"):
-        return Path(chosen).expanduser()
-    home_cache = environ.get("XDG_CACHE_HOME")
-    return (Path(home_cache) if home_cache else Path.home() / ".cache") / "llama-mesh"
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import os.path
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from mesh.cli.configuration import load_from
-from mesh.cli.engine import builds_summary, engine_summary, engine_warnings, label, lacking
+from mesh.cli.engine import builds_summary, engine_summary, engine_warnings, label, lacking, others_summary
 from mesh.cli.failure import FAILED, OK
 from mesh.cli.output import print_json, print_table, print_warnings, stdout_console
 from mesh.config.cookbook import model_file
@@ -19,7 +19,6 @@ from mesh.config.profile import Profile
 from mesh.core.budget import BudgetLimits, capacity
 from mesh.core.devices import Devices
 from mesh.core.placement import gpu_kinds
-from mesh.engine.locate import Engines
 from mesh.errors import ConfigError
 
 
@@ -40,8 +39,9 @@ def check(arguments: argparse.Namespace) -> int:
 
 def summary(loaded: Loaded) -> dict[str, Any]:
     """Return what the files amount to on this machine."""
-    engine, builds = engine_summary(loaded), builds_summary(loaded)
-    missing = [(Diagnostic("engine", None, "", reason), later) for reason, later in lacking(loaded, engine, builds)]
+    engine, builds, others = engine_summary(loaded), builds_summary(loaded), others_summary(loaded)
+    lacked = lacking(loaded, engine, builds, others)
+    missing = [(Diagnostic("engine", None, "", reason), later) for reason, later in lacked]
     errors = [told for told, later in missing if not later] + _cluster_problems(loaded)
     not_yet = [told for told, later in missing if later]
     warnings = (*loaded.warnings, *not_yet, *engine_warnings(loaded, engine), *_memory_warnings(loaded))
@@ -53,6 +53,7 @@ def summary(loaded: Loaded) -> dict[str, Any]:
         "warnings": _as_json(warnings),
         "engine": engine,
         "builds": builds,
+        "engines": others,
         "profiles": [_profile(profile) for profile in loaded.catalog.profiles],
     }
 
@@ -87,11 +88,12 @@ def _launch_problems(loaded: Loaded) -> Iterator[tuple[Profile, str]]:
 
     Reads the headers of files, of each once, and asks each llama-server once what it knows.
     """
-    from mesh.engine.examine import examine, found, refused_flags  # late: no other command pays for it
-    from mesh.engine.llama import child_env
+    from mesh.engine.children import child_env  # late: no other command pays for it
+    from mesh.engine.examine import examine, found, refused_flags
+    from mesh.engine.kinds import engines as engines_of
 
     told = [warning.message for warning in loaded.warnings]
-    engines = Engines(loaded.settings.build_settings())
+    engines = engines_of(loaded.settings)
     for profile in loaded.catalog.profiles:
         env = child_env(profile, os.environ)
         if any(repr(model_file(profile)) in message for message in told):  # it is not there, or no GGUF file at all
@@ -171,8 +173,11 @@ def _report_errors(found: ConfigErrors, *, as_json: bool) -> None:
     print_warnings(console, map(str, found.warnings))
     for diagnostic in found.diagnostics:
         console.print(str(diagnostic), markup=False, soft_wrap=True)
-    count = len(found.diagnostics)
-    console.print(f"[bold red]{count} {'mistake' if count == 1 else 'mistakes'}[/]")
+    console.print(_count(found.diagnostics))
+
+
+def _count(errors: Sized) -> str:
+    return f"[bold red]{len(errors)} {'mistake' if len(errors) == 1 else 'mistakes'}[/]"
 
 
 def _as_json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
@@ -189,14 +194,17 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"engine    {label(engine)}", markup=False)
     else:
         console.print(f"engine    none: {engine['reason']}", markup=False, style="red", soft_wrap=True)
-    for name, build in result["builds"].items():
-        found = label(build) if build["found"] else f"none: {build['reason']}"
-        console.print(f"build     {name}: {found}", markup=False, soft_wrap=True)
+    for what, key in (("build", "builds"), ("engine", "engines")):
+        for name, one in result[key].items():
+            found = label(one) if one["found"] else f"none: {one['reason']}"
+            console.print(f"{what:<9} {name}: {found}", markup=False, soft_wrap=True)
     if result["profiles"]:
         console.print()
         print_table(["MODEL", "ALIASES", "FILE", "INSTANCES", "MEMORY"], [_row(p) for p in result["profiles"]])
         console.print()
-    console.print("[bold green]ok[/]" if result["ok"] else "[bold red]no model can be started without an engine[/]")
+    for error in result["errors"]:
+        console.print(str(Diagnostic(**error)), markup=False, style="red", soft_wrap=True)
+    console.print("[bold green]ok[/]" if result["ok"] else _count(result["errors"]))
 
 
 def _row(profile: dict[str, Any]) -> list[str]:

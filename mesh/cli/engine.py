@@ -1,4 +1,4 @@
-"""The llama-servers that a node would run here, and what of a cookbook it could not do. Starts nothing."""
+"""The programs that a node would run here, and what of a cookbook they could not do. Starts nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from mesh.config.diagnostics import Diagnostic
 from mesh.config.llama_args import HF_FLAGS, OTHER_SOURCE_FLAGS, flag_value, has_flag
 from mesh.config.loader import Loaded
 from mesh.config.profile import Profile
-from mesh.engine.locate import Engines
+from mesh.engine.kinds import KINDS, kind_of
+from mesh.engine.locate import EngineBinary, Engines
 from mesh.errors import EngineMissingError
 
 #: See ``mesh.engine.embedded``: elsewhere llama.cpp's own download cannot be called.
@@ -28,10 +29,15 @@ def engine_summary(loaded: Loaded, build: str | None = None) -> dict[str, Any]:
     except EngineMissingError as error:
         made = loaded.settings.build_settings()[build or DEFAULT_BUILD].is_made
         return {"found": False, "reason": error.message, "will_be_built": made}
+    return _summary(engine, _path_key(build))
+
+
+def _summary(engine: EngineBinary, key: str) -> dict[str, Any]:
     if not os.access(engine.argv[0], os.X_OK):
-        reason = f"{_path_key(build)} {engine.argv[0]} is not executable; run: chmod +x {engine.argv[0]}"
+        reason = f"{key} {engine.argv[0]} is not executable; run: chmod +x {engine.argv[0]}"
         return {"found": False, "reason": reason, "will_be_built": False}
-    return {"found": True, "source": engine.source, "version": engine.version, "command": list(engine.argv)}
+    told = {"source": engine.source, "version": engine.version, "command": list(engine.argv)}
+    return {"found": True, "program": engine.program, **told}
 
 
 def _path_key(build: str | None) -> str:
@@ -43,19 +49,47 @@ def builds_summary(loaded: Loaded) -> dict[str, dict[str, Any]]:
     return {name: engine_summary(loaded, name) for name in loaded.settings.builds}
 
 
-def lacking(loaded: Loaded, engine: dict[str, Any], builds: dict[str, dict[str, Any]]) -> Iterator[tuple[str, bool]]:
-    """Yield why each build that profiles ask for is not there, and whether the node will build it."""
+def others_summary(loaded: Loaded) -> dict[str, dict[str, Any]]:
+    """Return the same of each other engine that profiles ask for."""
+    asked = {kind_of(profile).engine for profile in loaded.catalog.profiles}
+    found: dict[str, dict[str, Any]] = {}
+    for kind in (KINDS[engine] for engine in sorted(asked)):
+        if kind.find is None:
+            continue
+        try:
+            found[kind.engine] = _summary(kind.find(loaded.settings), f"{kind.engine}_cpp.binary_path")
+        except EngineMissingError as error:
+            found[kind.engine] = {"found": False, "reason": error.message, "will_be_built": False}
+    return found
+
+
+def lacking(
+    loaded: Loaded, engine: dict[str, Any], builds: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, bool]]:
+    """Yield why each program that profiles ask for is not there, and whether the node is of use all the same: it will
+    build it, or it is another engine's and there are profiles of one that is there."""
     profiles = loaded.catalog.profiles
-    asked = {profile.engine_build for profile in profiles} or {None}
-    for name, found in ((None, engine), *builds.items()):
-        if name in asked and not found["found"]:
+    asked = {profile.engine_build for profile in profiles if _is_built(profile)} if profiles else {None}
+    llama_servers = [found for name, found in ((None, engine), *builds.items()) if name in asked]
+    for found in llama_servers:
+        if not found["found"]:
             yield found["reason"], found["will_be_built"]
+    some = any(found["found"] for found in (*llama_servers, *others.values()))
+    for name, found in others.items():
+        if not found["found"]:
+            ids = ", ".join(profile.id for profile in profiles if profile.engine == name)
+            yield (f"{ids} will not start: {found['reason']}" if some else found["reason"]), some
+
+
+def _is_built(profile: Profile) -> bool:
+    """Whether *profile* is run by one of the builds of llama.cpp."""
+    return kind_of(profile).find is None
 
 
 def label(engine: dict[str, Any]) -> str:
     """Return a found engine in words."""
     cpu_only = " (CPU only)" if _is_cpu_only(engine) else ""
-    return f"{engine['source']}{cpu_only} llama-server, {engine['version'] or 'unknown version'}"
+    return f"{engine['source']}{cpu_only} {engine['program']}, {engine['version'] or 'unknown version'}"
 
 
 def engine_warnings(loaded: Loaded, engine: dict[str, Any]) -> list[Diagnostic]:
@@ -66,7 +100,7 @@ def engine_warnings(loaded: Loaded, engine: dict[str, Any]) -> list[Diagnostic]:
     return [
         Diagnostic(file, None, profile.id, message)
         for profile in loaded.catalog.profiles
-        if profile.engine_build is None
+        if profile.engine_build is None and _is_built(profile)
         for message in _beyond_embedded(profile, engine)
     ]
 

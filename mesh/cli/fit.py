@@ -231,9 +231,9 @@ def _known_names(loaded: Loaded) -> str:
     """Return what else to try for a name that the cookbook of this machine does not have."""
     names = [profile.id for profile in loaded.catalog.profiles]
     if not names:
-        return "There is no cookbook here that names models (--cookbook): give the path of a .gguf file."
+        return "There is no cookbook here that names models (--cookbook): give the path of a model file."
     shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-    return f"The cookbook of this machine has {shown}; or give the path of a .gguf file."
+    return f"The cookbook of this machine has {shown}; or give the path of a model file."
 
 
 def _counted(auto: bool) -> str:

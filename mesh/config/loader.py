@@ -17,6 +17,7 @@ from mesh.config import checks
 from mesh.config.address import join_address, split_address
 from mesh.config.cookbook import assemble, unserved
 from mesh.config.diagnostics import ConfigErrors, Diagnostic, KeyPath, Problem, dotted, suggestion
+from mesh.config.engines import keys_of
 from mesh.config.environ import read_environ, unknown_variables, variable
 from mesh.config.profile import Catalog
 from mesh.config.settings import Settings
@@ -30,6 +31,7 @@ DEFAULT_COOKBOOK = Path("cookbook.yaml")
 DEFAULT_SECRETS = Path("secrets.yaml")
 
 _SECRET_SECTIONS = ("auth", "server_tls", "cluster_tls")
+_NO_CANARY = "new builds are compared with the old on a tiny model only"
 _OTHER_FORMATS = (".toml", ".ini", ".ron", ".json5")
 
 
@@ -229,15 +231,26 @@ def _in_source(problem: Problem, source: Source) -> Diagnostic:
 
 
 def _unknown_models(catalog: Catalog, settings: Settings) -> Iterator[Problem]:
-    """Yield the settings that name a model which the cookbook does not have."""
+    """Yield the settings that name a model which the cookbook does not have, or not for this."""
     named: list[tuple[KeyPath, str | None, str]] = []
     if not settings.cluster.enabled:  # else another node may have it
         named.append((("default_model",), settings.default_model, "requests that name no model will get 404"))
-    consequence = "new builds are compared with the old on a tiny model only"
-    named.append((("llama_cpp", "canary_profile"), settings.llama_cpp.canary_profile, consequence))
-    named += [
-        (("builds", name, "canary_profile"), b.canary_profile, consequence) for name, b in settings.builds.items()
-    ]
+    named += [(path, name, _NO_CANARY) for path, name in _canaries(settings)]
     for path, name, then in named:
         if name is not None and name.lower() not in catalog.names:
             yield Problem(path, f"'{name}' is not in the cookbook{suggestion(name, catalog.names)}; {then}")
+    yield from _canaries_of_other_engines(catalog, settings)
+
+
+def _canaries_of_other_engines(catalog: Catalog, settings: Settings) -> Iterator[Problem]:
+    """Yield the canaries that no build of llama.cpp runs."""
+    for path, name in _canaries(settings):
+        profile = None if name is None else catalog.names.get(name.lower())
+        if profile is not None and not (keys := keys_of(profile.engine)).has_builds:
+            yield Problem(path, f"'{name}' is run by {keys.program}, not by a build of llama.cpp; {_NO_CANARY}")
+
+
+def _canaries(settings: Settings) -> Iterator[tuple[KeyPath, str | None]]:
+    yield ("llama_cpp", "canary_profile"), settings.llama_cpp.canary_profile
+    for name, build in settings.builds.items():
+        yield ("builds", name, "canary_profile"), build.canary_profile

@@ -37,6 +37,7 @@ class Profile:
     engine: Engine = Engine.LLAMA
     engine_build: str | None = None  #: which build runs it; None = that of ``llama_cpp``
     engine_path: str | None = None  #: this very binary, whatever the build: for trials only, never from a file
+    convert: bool = False  #: audio goes through ffmpeg first
     env: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     pinned: bool = False
@@ -55,14 +56,20 @@ class Profile:
     drain_on_disconnect: bool = False  #: True: a client that leaves does not cancel its generation (trap 11)
     download_timeout_s: float = 3600.0  #: longest download of a model by the child itself
     args_hash: str = ""  #: names the launch arguments, as in llamesh's metrics; same hash, same running instance
-    #: whether the arguments make the child an embedding server, or a reranker; read for every request
+    #: whether the arguments make the child an embedding server, a reranker, or one that takes images or audio; read for
+    #: every request
     embeddings: bool = field(init=False)
     rerank: bool = field(init=False)
+    multimodal: bool = field(init=False)
 
     def __post_init__(self) -> None:
         flags = {arg.strip().lower().split("=", 1)[0] for arg in self.args}
         object.__setattr__(self, "embeddings", not flags.isdisjoint({"--embedding", "--embeddings"}))
         object.__setattr__(self, "rerank", not flags.isdisjoint({"--rerank", "--reranking"}))
+        # of a model that is fetched nobody knows whether a projector comes with it, unless the arguments speak of one
+        projector = not flags.isdisjoint({"-mm", "--mmproj", "-mmu", "--mmproj-url", "--mmproj-auto"})
+        variables = not self.env.keys().isdisjoint({"LLAMA_ARG_MMPROJ", "LLAMA_ARG_MMPROJ_URL"})
+        object.__setattr__(self, "multimodal", projector or variables)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from mesh.config.address import split_address
-from mesh.config.builds import Build, LlamaCpp, lower_case_names, resolved
+from mesh.config.builds import Build, LlamaCpp, WhisperCpp, lower_case_names, resolved
 from mesh.config.fields import HeaderKey, HeaderName, HeaderValue, Line, Port, Section, StrictLine, Text, not_zero
 from mesh.config.fields import key as _key
 from mesh.config.units import Budget, Bytes, Count, Milliseconds, Seconds
@@ -165,6 +165,12 @@ class Http(Section):
     request_body_limit_bytes: Annotated[Bytes, not_zero("every request with a body would be refused")] = _key(
         64 * 1024**2, "Largest request body; more gets 413"
     )
+    upload_limit_bytes: Annotated[Bytes, not_zero("every form would be refused")] = _key(
+        512 * 1024**2, "Largest form, for audio; more gets 413"
+    )
+    upload_memory_bytes: Bytes = _key(
+        1024**2, "How much of a form is kept in memory; the rest of a larger one goes to a file that nobody can open"
+    )
     idle_timeout_seconds: Annotated[Seconds, not_zero("every connection would be closed at once")] = _key(
         75.0, "How long an idle keep-alive connection stays open"
     )
@@ -270,6 +276,7 @@ class Settings(Section, BaseSettings):
     builds: Annotated[dict[str, Build], BeforeValidator(lower_case_names)] = _key(
         {}, "Further llama-servers, by a name that the cookbook's engine_build may give; keys as in llama_cpp"
     )
+    whisper_cpp: WhisperCpp = _key(WhisperCpp(), "Which whisper-server runs")
     cluster: Cluster = _key(Cluster(), "Other nodes")
     http: Http = _key(Http(), "Limits on requests and connections")
     auth: Auth = _key(Auth(), "API keys")

@@ -7,16 +7,16 @@ import signal
 from collections.abc import Sequence
 from enum import StrEnum
 
-#: what llama.cpp, ggml, the C++ runtime and the dynamic linker say when they give up
+#: what llama.cpp, whisper.cpp, ggml, the C++ runtime and the dynamic linker say when they give up
 _COMPLAINT = re.compile(
     r"(?-i:(?:^|\s)E\s)|\berror\b|\bfailed\b|cannot|couldn't|could not|unable to|GGML_ASSERT|terminate called"
-    r"|what\(\):|out of memory|no such file",
+    r"|what\(\):|out of memory|no such file|invalid model data",
     re.IGNORECASE,
 )
 #: complaints that only repeat an earlier one
 _ECHO = re.compile(
     r"exiting due to|see the lines above|terminate called|Failed to init server|failed to load model"
-    r"|error loading model\s*$"
+    r"|error loading model\s*$|failed to initialize whisper context"
 )
 _PREFIX = re.compile(r"^(?:\d+\.)+\d+\s+[A-Z]\s+")  # llama.cpp's time and level
 _HINTS = {
@@ -44,7 +44,8 @@ _RETRIES = re.compile(r"retrying without", re.IGNORECASE)
 _INFORMS = re.compile(r"^(?:\d+\.)+\d+\s+[DIW]\s")  # llama.cpp's time and a level below error
 _USAGE = re.compile(
     r"^error: (?:invalid argument|unknown argument|unrecognized)|^error while handling (?:argument|environment)"
-    r"|the argument has been removed|requires? flash_attn|unsupported cache type|expected value for argument",
+    r"|the argument has been removed|requires? flash_attn|unsupported cache type|expected value for argument"
+    r"|^error: (?:unknown language|cannot use both|unknown DTW preset)",
     re.IGNORECASE,
 )
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
@@ -70,13 +71,15 @@ def classify(returncode: int, log_tail: Sequence[str], *, asked: bool = False) -
     return Cause.USAGE if usage else Cause.OTHER
 
 
-def describe_exit(returncode: int, log_tail: Sequence[str], *, asked: bool = False) -> str:
-    """Return what happened; *asked* says that the node told it to stop."""
+def describe_exit(
+    returncode: int, log_tail: Sequence[str], *, asked: bool = False, program: str = "llama-server"
+) -> str:
+    """Return what happened to *program*; *asked* says that the node told it to stop."""
     how = _how(returncode)
     if asked:
-        return f"llama-server stopped: {how}"
+        return f"{program} stopped: {how}"
     cause = first_complaint(log_tail)
-    ended = f"llama-server ended by itself: {how}"
+    ended = f"{program} ended by itself: {how}"
     return f"{cause} ({ended})" if cause else ended
 
 

@@ -90,11 +90,13 @@ class Known:
     file_bytes: int = 0  #: of a model that could be read but not estimated
     vocabulary: int = 0  #: tokens
     identity: str = ""
+    basic_ram_mib: int = PROCESS_RAM_MIB  #: what its program takes besides buffers and a large vocabulary
+    request_bytes: int = 0  #: what a request may take in main memory, and give back
 
     @property
     def process_ram_mib(self) -> int:
         """What the process takes besides its buffers."""
-        return PROCESS_RAM_MIB + max(0, self.vocabulary - _TOKENS_INCLUDED) * _TOKEN_BYTES // _MIB
+        return self.basic_ram_mib + max(0, self.vocabulary - _TOKENS_INCLUDED) * _TOKEN_BYTES // _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def build(known: Known, machine: Machine, choice: Choice) -> Footprint:
     each = _each_mib(known.estimate)
     estimated = _estimated(known, bound, each, gpu=sees_gpu(machine, choice))
     figures = {
-        Source.LEARNED: _within(machine.ram_limit_mib, _learned(known, bound, each), estimated),
+        Source.LEARNED: _within(machine.ram_limit_mib, _learned(known, bound, each, estimated), estimated),
         Source.COOKBOOK: _Figure(known.cookbook.mib.get(RAM), known.cookbook.mib.get(VRAM)),
         Source.ESTIMATED: estimated,
     }
@@ -182,14 +184,17 @@ def _each_mib(estimate: Estimate | None) -> int:
     return GPU_CONTEXT_MIB + (_mib(estimate.compute.gpu) if estimate is not None else 0)
 
 
-def _learned(known: Known, bound: int, each: int) -> _Figure:
-    """Return the peaks, the prompt cache as if it were full and the compute buffers as if all of them were touched."""
+def _learned(known: Known, bound: int, each: int, estimated: _Figure) -> _Figure:
+    """Return the peaks, the prompt cache as if it were full, the compute buffers as if all of them were touched, and
+    a request as if it were as large as is expected. One that was larger, once, is not charged for ever."""
     learned = known.learned
     if learned is None:
         return _Figure()
+    if known.request_bytes and estimated.ram is not None:
+        learned = replace(learned, peak_ram_mib=min(learned.peak_ram_mib, estimated.ram))
     compute = _mib(known.estimate.compute.cpu) if known.estimate is not None else 0
     ready = learned.ready_ram_mib or learned.peak_ram_mib  # never seen without prompts: those may come on top
-    ram = max(learned.peak_ram_mib, ready + bound + compute)
+    ram = max(learned.peak_ram_mib, ready + bound + compute + _mib(known.request_bytes))
     if not learned.gpus:
         return _Figure(ram)
     on_others = (learned.gpus - 1) * min(each, learned.gpu_mib // learned.gpus)

@@ -44,6 +44,7 @@ class Kind(StrEnum):
     TEXT = "text"
     EMBEDDING = "embedding"
     RERANK = "rerank"
+    AUDIO = "audio"
 
 
 class ProfileState(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -53,6 +54,7 @@ class ProfileState(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str  #: as clients see it
     aliases: tuple[str, ...] = ()
     kind: str = Kind.TEXT
+    multimodal: bool = False  #: takes audio, or images, beside text
     description: str = ""
     fit: str = Fit.NOW  #: of one more instance
     ready: int = 0  #: instances that serve

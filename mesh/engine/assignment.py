@@ -22,7 +22,7 @@ PROMPT_CACHE_FLAGS = ("-cram", "--cache-ram")
 _MAIN_GPU_FLAGS = ("-mg", "--main-gpu")
 #: their values count or name the GPUs that the process sees: among fewer of them they would mean other ones
 _COUNTING_FLAGS = ("-ts", "--tensor-split", "-dev", "--device")
-_COUNTING_VARIABLES = ("LLAMA_ARG_TENSOR_SPLIT", "LLAMA_ARG_DEVICE")
+_COUNTING_VARIABLES = ("LLAMA_ARG_TENSOR_SPLIT", "LLAMA_ARG_DEVICE", "WHISPER_ARG_DEVICE")
 #: an index that does not exist ends the list, for CUDA and for HIP; to some versions an empty list means all
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}
 

@@ -1,4 +1,4 @@
-"""Which of a profile's flags its llama-server does not know, found out before anything is started with them.
+"""Which of a profile's flags its engine does not know, found out before anything is started with them.
 
 llama.cpp renames and removes flags, and every build has its own. ``--help`` lists what a binary knows; what is not
 there counts as unknown only once the binary itself refuses it, for a wrong "unknown" would keep a model from starting.
@@ -18,10 +18,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from mesh.config.diagnostics import suggestion
 from mesh.config.llama_args import expand
+from mesh.engine.kind import EngineKind, Option
 from mesh.engine.locate import EngineBinary
 
 #: a binary that takes longer is doing something else
@@ -45,14 +47,6 @@ _ENTRY: Final = re.compile(r" {0,4}(?=--?[A-Za-z])(?P<head>\S.*?)(?: {2,}(?P<tex
 _FLAG: Final = re.compile(r"--?[A-Za-z][\w.-]*")
 _LISTED: Final = re.compile(r"(?:^|, )(--?[A-Za-z][\w.-]*)")
 _REMOVED: Final = re.compile(r"the argument has been removed\.? *(?P<instead>.*)")
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A flag as the help lists it."""
-
-    values: int = 0  #: how many words after it are its own
-    removed: str | None = None  #: it is listed only to say that it is gone; this is what to use instead
 
 
 def known_flags(help_text: str) -> Mapping[str, Option]:
@@ -119,20 +113,20 @@ _binaries: dict[str, _Known] = {}
 _binaries_lock = threading.Lock()
 
 
-def refused(args: Sequence[str], engine: EngineBinary, env: Mapping[str, str]) -> str | None:
+def refused(args: Sequence[str], engine: EngineBinary, env: Mapping[str, str], kind: EngineKind) -> str | None:
     """Return which flags of *args* the *engine* does not know, as a sentence; None if it knows all, or cannot say.
 
     *env*: that of a child. Asks the binary what it was not asked before.
     """
     if not args or not engine.identity:
         return None
-    own_env = {name: value for name, value in env.items() if not name.startswith("LLAMA_ARG_")}  # may be wrong, too
+    own_env = {name: value for name, value in env.items() if not name.startswith(kind.variables)}  # may be wrong, too
     with (known := _of(engine)).lock:
         if known.flags is None:
-            known.flags = _ask_help(engine, own_env)
+            known.flags = _ask_help(engine, own_env, kind)
         for flag in unknown_flags(args, known.flags) if known.flags else ():
             if flag not in known.refused:
-                known.refused[flag] = _is_refused(engine, flag, own_env)
+                known.refused[flag] = _is_refused(engine, flag, own_env, kind)
     return refused_before(args, engine)
 
 
@@ -172,23 +166,28 @@ def _of(engine: EngineBinary) -> _Known:
         return known
 
 
-def _ask_help(engine: EngineBinary, env: Mapping[str, str]) -> Mapping[str, Option]:
-    answer = _output((*engine.argv, "--help"), env)
-    return known_flags(answer[1]) if answer is not None and answer[0] == 0 else {}
+def _ask_help(engine: EngineBinary, env: Mapping[str, str], kind: EngineKind) -> Mapping[str, Option]:
+    answer = _output((*engine.argv, "--help"), env, directory_of(kind))
+    return kind.known_flags(answer[1]) if answer is not None and answer[0] == 0 else {}
 
 
-def _is_refused(engine: EngineBinary, flag: str, env: Mapping[str, str]) -> bool:
+def _is_refused(engine: EngineBinary, flag: str, env: Mapping[str, str], kind: EngineKind) -> bool:
     """Whether the binary says so itself: a wrapper script may have flags of its own, which no help lists."""
-    answer = _output((*engine.argv, flag, "--version"), env)
-    if answer is None or answer[0] == 0:
+    answer = _output((*engine.argv, flag, kind.check_flag), env, directory_of(kind))
+    if answer is None or (answer[0] == 0 and 0 not in kind.usage_statuses):
         return False
     return any(flag in line and _REFUSAL.search(line) for line in answer[1].splitlines())
 
 
-def _output(argv: Sequence[str], env: Mapping[str, str]) -> tuple[int, str] | None:
+def directory_of(kind: EngineKind) -> Path | None:
+    """Return where a program is asked about itself: one that looks about where it runs is not to see the node's."""
+    return Path("/") if kind.needs_directory else None
+
+
+def _output(argv: Sequence[str], env: Mapping[str, str], cwd: Path | None) -> tuple[int, str] | None:
     """Return exit status and output of a short run; None if it cannot be started, or does not end in time."""
     try:
-        process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        process = subprocess.Popen(argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     except OSError:
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -24,10 +25,10 @@ from mesh.core.footprint import Footprint, Known, Learned, Machine, build, sees_
 from mesh.core.gpu_choice import Choice, choose
 from mesh.core.launch_options import LaunchOptions
 from mesh.engine.assignment import VISIBLE_VARIABLES
+from mesh.engine.children import child_env
 from mesh.engine.examine import Look, examine
 from mesh.engine.instances import launch_identity
 from mesh.engine.learned import LearnedFigures
-from mesh.engine.llama import child_env
 from mesh.engine.locate import EngineBinary
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class _Entry:
     looked_at: float = 0.0
     looking: asyncio.Task[None] | None = None
     looking_since: float = 0.0
+    outdated: bool = False  #: the look that goes on is not to be trusted when it ends
     asked: bool = False  #: ``of`` had no answer: tell when there is one
     built: tuple[object, Footprint] | None = None
 
@@ -118,6 +120,11 @@ class FootprintBook:
             return None
         entry.profile = profile
         return self._footprint(entry)
+
+    def forget_looks(self) -> None:
+        """An engine was replaced: what was seen a moment ago, or is being seen, may be of the old one."""
+        for entry in self._entries.values():
+            entry.looked_at, entry.outdated = -math.inf, entry.looking is not None
 
     def survey(self, profiles: Iterable[Profile]) -> None:
         """Look at the files of all *profiles* one after the other, in the background; forget all other profiles."""
@@ -197,7 +204,8 @@ class FootprintBook:
             _log.exception("looking at the files of %s failed unexpectedly", entry.profile.key)
             entry.look = entry.look or Look("", LaunchOptions(), note="its files could not be looked at")
         finally:
-            entry.looking, entry.looked_at = None, asyncio.get_running_loop().time()
+            now = asyncio.get_running_loop().time()
+            entry.looking, entry.looked_at, entry.outdated = None, -math.inf if entry.outdated else now, False
         self._warn_of_flags(entry)
         if entry.asked:
             entry.asked = False
@@ -232,7 +240,8 @@ class FootprintBook:
     ) -> Footprint:
         choice = self._choice(profile, look.options, machine)
         estimate = look.with_gpus if sees_gpu(machine, choice) else look.without_gpus
-        known = Known(look.options, profile.estimate, learned, estimate, look.file_bytes, look.vocabulary, identity)
+        known = Known(look.options, profile.estimate, learned, estimate, look.file_bytes, look.vocabulary, identity,
+                      look.process_ram_mib, look.request_bytes)  # fmt: skip
         result = build(known, machine, choice)
         notes = (*result.notes, look.note) if look.note else result.notes
         return replace(result, problem=look.problem, notes=notes)

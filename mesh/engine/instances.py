@@ -16,6 +16,7 @@ from mesh.core.lifecycle import State
 from mesh.core.resources import Resources
 from mesh.core.world import InstanceView
 from mesh.engine.assignment import Assignment
+from mesh.engine.kinds import kind_of
 from mesh.engine.lease import Endpoint
 from mesh.engine.locate import EngineBinary
 from mesh.engine.runner import Report
@@ -125,6 +126,8 @@ class Instance:
     @property
     def slots(self) -> int:
         """Requests at once; 0 = unlimited."""
+        if (fixed := kind_of(self.profile).slots) is not None:
+            return fixed
         if self.profile.max_concurrent is not None:
             return self.profile.max_concurrent
         return self.reported_slots or 1
@@ -150,8 +153,9 @@ class Instance:
 
 def launch_identity(profile: Profile) -> tuple[object, ...]:
     """Return what a running process was started from; if it differs after a reload, the process must be replaced."""
-    return (profile.engine, profile.engine_build, profile.engine_path, profile.args, profile.model_path,
-            profile.hf_repo, profile.hf_file, profile.devices, tuple(sorted(profile.env.items())))  # fmt: skip
+    env = tuple(sorted(profile.env.items()))
+    return (profile.engine, profile.engine_build, profile.engine_path, profile.args, profile.convert,
+            profile.model_path, profile.hf_repo, profile.hf_file, profile.devices, env)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,7 @@ class InstanceInfo:
     engine_version: str | None  #: of what it really runs, whatever is installed by now
     engine_build: str
     engine_path: str  #: with all links resolved; "" until it was started
+    hidden: bool = False  #: of a trial: nothing that clients could ask for, nor that is learned from
 
 
 def describe(instance: Instance, now: float) -> InstanceInfo:
@@ -204,4 +209,5 @@ def describe(instance: Instance, now: float) -> InstanceInfo:
         engine_version=None if engine is None else engine.version,
         engine_build=(instance.profile.engine_build or DEFAULT_BUILD) if engine is None else engine.build,
         engine_path="" if engine is None else engine.argv[-1],
+        hidden=instance.profile.engine_path is not None,
     )

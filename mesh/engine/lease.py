@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mesh.config.profile import Profile
+from mesh.engine.kind import FormAdapter
+from mesh.engine.kinds import kind_of
 from mesh.errors import MeshError
 
 
@@ -25,6 +27,16 @@ class Endpoint:
     closers: list[Callable[[], None]] = field(default_factory=list)
     #: the data plane's connection pool for this instance; nobody else touches it
     pool: Any = None
+    #: the newest lines of its log, as many as are asked for, with all that it wrote up to now
+    log_tail: Callable[[int], list[str]] = lambda count: []
+    #: how many lines its log has had so far: what came since is ``log_tail(log_lines() - before)``
+    log_lines: Callable[[], int] = lambda: 0
+    keeps_alive: bool = field(init=False)  #: False: one request for each connection
+    adapter: FormAdapter | None = field(init=False)  #: of forms for it; None = they are passed on as they are
+
+    def __post_init__(self) -> None:
+        kind = kind_of(self.profile)
+        self.keeps_alive, self.adapter = kind.keeps_alive, kind.adapter
 
     def close(self) -> None:
         """Refuse new connections and close the open ones. Idempotent."""

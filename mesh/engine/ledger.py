@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from math import inf
+from typing import Final, Protocol
 
 from mesh.config.profile import Profile
 from mesh.core.budget import INSTANCES, BudgetLimits, capacity, taken_by_others
@@ -22,9 +23,11 @@ from mesh.core.resources import RAM, VRAM, Resources, total
 from mesh.engine.assignment import Assignment, assign
 from mesh.engine.ghosts import TOLERANCE_MIB, Ghosts
 from mesh.engine.instances import Instance
-from mesh.engine.llama import expected_model
+from mesh.engine.kinds import kind_of
 from mesh.engine.telemetry import Sample, Usage
 
+#: Of the machine's available memory, what a second copy of a model leaves to others.
+RESERVE_SHARE: Final = 0.1
 #: A sample that comes later than this after READY may see a prompt cache that has filled already.
 EARLY_S = 10.0
 
@@ -36,6 +39,7 @@ class Footprints(Protocol):
     def fresh(self, profile: Profile) -> bool: ...
     def peek(self, profile: Profile) -> Footprint | None: ...
     async def look(self, profiles: Iterable[Profile]) -> None: ...
+    def forget_looks(self) -> None: ...
     def learn(
         self,
         profile: Profile,
@@ -62,6 +66,9 @@ class CookbookFigures:
 
     async def look(self, profiles: Iterable[Profile]) -> None:
         """All is known."""
+
+    def forget_looks(self) -> None:
+        """There were none."""
 
     def learn(
         self,
@@ -117,6 +124,12 @@ class Ledger:
         if kinds := gpu_kinds(charged):
             charged = Resources({**charged.mib, VRAM: sum(charged.mib[kind] for kind in kinds)})
         return charged
+
+    def spare_ram_mib(self) -> float:
+        """Return what second copies may take of main memory where the budget does not limit it."""
+        if RAM in self.capacity.mib:
+            return inf
+        return 0.0 if self.devices is None else self.devices.ram_available_mib * (1 - RESERVE_SHARE)
 
     # -- what telemetry says
 
@@ -205,8 +218,8 @@ class Ledger:
             usage = sample.usage.get(i.id)
             if usage is None or i.state is not State.READY or not i.served or i.ready_since > sample.started_at:
                 continue
-            model = expected_model(i.profile)
-            if any(o is not i and model is not None and expected_model(o.profile) == model for o in here):
+            model = _mapped(i.profile)
+            if any(o is not i and model is not None and _mapped(o.profile) == model for o in here):
                 continue
             if not i.learned and i.early_ram_mib is not None:
                 self.footprints.learn(i.profile, i.early_ram_mib, usage.gpu_mib, first=True, identity=i.launched_as)
@@ -215,6 +228,12 @@ class Ledger:
             i.learned = True
             learned.append(i)
         return learned
+
+
+def _mapped(profile: Profile) -> str | None:
+    """Return the model file that instances of *profile* map, and so share."""
+    kind = kind_of(profile)
+    return kind.expected_model(profile) if kind.maps_model else None
 
 
 def _ram_of(instance: Instance, usage: Usage | None, devices: Devices) -> Resources:

@@ -31,6 +31,7 @@ from mesh.engine.alarm import Alarm
 from mesh.engine.failures import FailureBook
 from mesh.engine.holders import in_words, report_of, warn_of_excess
 from mesh.engine.instances import Instance, LauncherLike
+from mesh.engine.kinds import kind_of
 from mesh.engine.ledger import CookbookFigures, Footprints, Ledger
 from mesh.engine.memory_report import MemoryReport
 from mesh.engine.queues import Place, Queues
@@ -212,7 +213,7 @@ class Lives:
             self._trust.accepted(profile)  # its arguments were accepted, or it would not have got that far
             self._ran_out[profile.key] = instance.placed
         elif state is State.SPAWNING:
-            refused = report.returncode == 1  # how llama-server ends when a file or an argument is wrong
+            refused = report.returncode in kind_of(profile).usage_statuses
             wrong = refused and report.cause is not Cause.MEMORY
             reason = refusals.to_correct(report.reason, profile) if wrong else report.reason
             self._trust.doubted(profile)
@@ -330,7 +331,7 @@ class Lives:
 
     def _sampled(self, sample: Sample) -> None:
         self.ledger.sampled(sample, self._instances.values())
-        for instance in self.ledger.learn(sample, self._instances.values()):
+        for instance in (i for i in self.ledger.learn(sample, self._instances.values()) if not i.profile.engine_path):
             usage = sample.usage[instance.id]
             self._metrics.hash(instance.profile.args_hash).used(usage.ram_mib, sum((usage.gpu_mib or {}).values()))
         for instance in self._instances.values():

@@ -6,12 +6,13 @@ become the environment variables that llama.cpp knows for them (trap 101).
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
+from mesh.config.launch_options import parse
 from mesh.config.llama_args import (
     ADDRESS_FLAGS,
     FIT_FLAGS,
@@ -24,12 +25,17 @@ from mesh.config.llama_args import (
     without_flags,
 )
 from mesh.config.profile import Engine, Profile
+from mesh.core.estimate import EstimateError, estimate
+from mesh.core.footprint import PROCESS_RAM_MIB
+from mesh.core.model_facts import ModelFacts
 from mesh.engine import flags
-from mesh.engine.assignment import VISIBLE_VARIABLES, Assignment
+from mesh.engine.assignment import Assignment
+from mesh.engine.children import LOOPBACK, child_env, ordered, reachable
+from mesh.engine.kind import UNASSIGNED, Capability, Command, EngineKind, Launch, Sizes
 from mesh.engine.locate import EngineBinary
 from mesh.errors import ConfigError
+from mesh.models import gguf
 
-LOOPBACK = "127.0.0.1"  # never "localhost", which may mean ::1 first (trap 21)
 API_KEY_FLAGS = ("--api-key",)
 API_KEY_FILE_FLAGS = ("--api-key-file",)
 HF_TOKEN_FLAGS = ("-hft", "--hf-token")
@@ -37,31 +43,9 @@ API_KEY_VARIABLE = "LLAMA_API_KEY"
 HF_TOKEN_VARIABLE = "HF_TOKEN"
 #: variables by which llama-server learns of a model without an argument
 MODEL_VARIABLES = ("LLAMA_ARG_MODEL", "LLAMA_ARG_HF_REPO", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_DOCKER_REPO")
-#: of this process's environment, never for a child: the node's own settings and keys, and a stray child key (trap 101)
-_WITHHELD = re.compile(r"LLAMESH_|(LLAMA_API_KEY|CLUSTER_TOKEN|NODE_PRIVATE_KEY)$")
-
-UNASSIGNED = Assignment()
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Everything that starting one instance needs."""
-
-    argv: tuple[str, ...]
-    env: Mapping[str, str] = field(repr=False)
-    host: str  #: where it can be reached
-    port: int
-    api_key: str | None = field(repr=False)
-
-
-def fixed_port(profile: Profile) -> int | None:
-    """Return the port that the profile's arguments ask for; None lets the node choose."""
-    text = flag_value(profile.args, ("--port",))
-    if text is None:
-        return None
-    if not re.fullmatch(r"\d{1,5}", text) or not 0 < int(text) < 65536:
-        raise ConfigError(f"profile {profile.key}: --port {text} is not a port; use 1-65535, or leave --port out")
-    return int(text)
+_SOURCE_VARIABLES = frozenset({"LLAMA_ARG_HF_REPO", "LLAMA_ARG_MODEL_URL", "LLAMA_ARG_DOCKER_REPO"})
+#: headers kept in memory; one of a large model takes about 1 MB
+_HEADERS_KEPT = 32
 
 
 def command(
@@ -70,10 +54,9 @@ def command(
     port: int,
     environ: Mapping[str, str] | None = None,
     assignment: Assignment = UNASSIGNED,
+    directory: Path | None = None,
 ) -> Command:
     """Return how to start *profile* on *port*. Raise ``ConfigError`` for what can only be wrong (trap 30)."""
-    if profile.engine is not Engine.LLAMA:
-        raise ConfigError(f"profile {profile.key}: engine {profile.engine} cannot be run by this version")
     args = launch_args(profile.args, profile.model_path, profile.hf_repo, profile.hf_file)
     if not has_flag(profile.args, FIT_FLAGS) and flags.lacks(engine, FIT_FLAGS[0]):
         args = without_flags(args, FIT_FLAGS)  # an older llama.cpp, which does not resize itself
@@ -87,31 +70,9 @@ def command(
     if (token := flag_value(args, HF_TOKEN_FLAGS)) is not None:
         env[HF_TOKEN_VARIABLE] = token
     open_args = without_flags(args, ADDRESS_FLAGS + API_KEY_FLAGS + HF_TOKEN_FLAGS)
-    chosen = _ordered(assignment, profile).arguments(args, env)
+    chosen = ordered(assignment, profile).arguments(args, env)
     argv = (*engine.argv, *open_args, *chosen, "--host", host, "--port", str(port))
-    return Command(argv, env, _reachable(profile, host), port, key)
-
-
-def own_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what any child may have of *environ*: not the node's own settings, and no keys."""
-    return {name: value for name, value in environ.items() if not _WITHHELD.match(name)}
-
-
-def child_env(profile: Profile, environ: Mapping[str, str], assignment: Assignment = UNASSIGNED) -> dict[str, str]:
-    """Return the environment of *profile*'s child, on the basis of this process's *environ*."""
-    env = own_env(environ)
-    # OpenMP threads spin at their barriers by default: beside other load that costs up to 90 times the speed
-    env.setdefault("OMP_WAIT_POLICY", "passive")
-    if profile.devices:
-        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the numbers that nvidia-smi shows
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(_device(name) for name in profile.devices)
-    if assignment.gpus is not None:
-        env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    given = _ordered(assignment, profile).environment(profile.args, env | dict(profile.env))
-    if "HIP_VISIBLE_DEVICES" in given:
-        env.pop("ROCR_VISIBLE_DEVICES", None)  # HIP counts within it, and we count all
-    env |= given
-    return env | dict(profile.env)
+    return Command(argv, env, reachable(profile, host), port, key)
 
 
 def expected_model(profile: Profile) -> str | None:
@@ -134,22 +95,79 @@ def _api_key(profile: Profile, args: tuple[str, ...]) -> str | None:
     return next((line.strip() for line in lines if line.strip()), None)
 
 
-def _reachable(profile: Profile, host: str) -> str:
-    """Return the address at which a child that listens on *host* (possibly a list) answers this node."""
-    for address in host.split(","):
-        if address.endswith(".sock"):
-            continue
-        return {"0.0.0.0": LOOPBACK, "::": "::1", "localhost": LOOPBACK, "*": LOOPBACK}.get(address, address)
-    raise ConfigError(f"profile {profile.key}: --host {host} is no TCP address; use 127.0.0.1, or leave --host out")
+# -- what it can do, and what its files say
 
 
-def _ordered(assignment: Assignment, profile: Profile) -> Assignment:
-    """Return *assignment* in the order in which the user lists the GPUs, who may count on it."""
-    own = next((profile.env[name] for name in VISIBLE_VARIABLES if name in profile.env), None)
-    return assignment.in_order_of(profile.devices if own is None else own.split(","))
+def capabilities(profile: Profile) -> frozenset[Capability]:
+    """Return what *profile* can do. Asked for every request."""
+    return _CAPABILITIES[profile.embeddings, profile.rerank, profile.multimodal]
 
 
-def _device(name: str) -> str:
-    """``"gpu1"``, ``"CUDA1"`` and ``"1"`` are the same device; anything else (a GPU-… UUID) stays as it is."""
-    match = re.fullmatch(r"(?:gpu|cuda)?(\d+)", name, re.IGNORECASE)
-    return match[1] if match else name
+def _capabilities(embeddings: bool, rerank: bool, multimodal: bool) -> frozenset[Capability]:
+    found = {Capability.ANY}
+    if embeddings:
+        found.add(Capability.EMBEDDING)
+    if rerank:
+        found.add(Capability.RERANK)
+    if not found - {Capability.ANY}:
+        found |= {Capability.TEXT, Capability.AUDIO} if multimodal else {Capability.TEXT}
+    return frozenset(found)
+
+
+_BOTH = (False, True)
+_CAPABILITIES: Final = {(e, r, m): _capabilities(e, r, m) for e in _BOTH for r in _BOTH for m in _BOTH}
+
+
+def launch(profile: Profile, env: Mapping[str, str]) -> Launch:
+    """Return what *profile* asks of its llama-server in *env*, and the files that it reads."""
+    args = launch_args(profile.args, profile.model_path, profile.hf_repo, profile.hf_file)
+    options = parse(args, env)
+    draft = options.draft.path if options.draft is not None else None
+    named = (options.model, draft, options.mmproj, *options.loras)
+    fetched = has_flag(args, HF_FLAGS + OTHER_SOURCE_FLAGS) or not _SOURCE_VARIABLES.isdisjoint(env)
+    return Launch(args, options, tuple(dict.fromkeys(path for path in named if path)), fetched)
+
+
+def look(launch: Launch, identities: Mapping[str, str | None]) -> Sizes:
+    """Return what the GGUF headers say."""
+    facts = {path: _read(path, known) for path, known in identities.items()}
+    options, model = launch.options, facts[launch.files[0]]
+    tokens = model.metadata.get("tokenizer.ggml.tokens.length", 0)
+    vocabulary = tokens if isinstance(tokens, int) else 0
+    draft = facts.get(options.draft.path) if options.draft is not None else None
+    mmproj = facts.get(options.mmproj) if options.mmproj is not None else None
+    lora_bytes = sum(facts[path].file_bytes for path in options.loras if path in facts)
+    compute = functools.partial(estimate, model, options, draft=draft, mmproj=mmproj, lora_bytes=lora_bytes)
+    try:
+        return Sizes(compute(gpus=True), compute(gpus=False), vocabulary=vocabulary)
+    except EstimateError as error:
+        size = sum(each.file_bytes for each in facts.values())
+        return Sizes(file_bytes=size, vocabulary=vocabulary, note=str(error))
+
+
+@functools.lru_cache(_HEADERS_KEPT)
+def _read(path: str, identity: str | None) -> ModelFacts:
+    return gguf.read(path)
+
+
+KIND: Final = EngineKind(
+    engine=Engine.LLAMA,
+    program="llama-server",
+    command=command,
+    expected_model=expected_model,
+    capabilities=capabilities,
+    launch=launch,
+    look=look,
+    known_flags=flags.known_flags,
+    check_flag="--version",
+    variables="LLAMA_ARG_",
+    slots=None,
+    tells_properties=True,
+    tells_slots=True,
+    keeps_alive=True,
+    shares_ports=False,
+    maps_model=True,
+    needs_directory=False,
+    usage_statuses=frozenset({1}),
+    process_ram_mib=PROCESS_RAM_MIB,
+)

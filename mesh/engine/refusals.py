@@ -12,8 +12,8 @@ from mesh.core.lifecycle import State
 from mesh.core.placement import Need, again
 from mesh.core.resources import Resources
 from mesh.core.world import InstanceView, Refusal
-from mesh.engine import llama
 from mesh.engine.holders import in_words
+from mesh.engine.kinds import kind_of
 from mesh.engine.memory_report import Holder, MemoryReport, capacity_details
 from mesh.errors import (
     CapacityError,
@@ -111,7 +111,7 @@ def failed(model: str, failure: Failure, now: float) -> InstanceError:
 
 def to_correct(reason: str, profile: Profile) -> str:
     """Return *reason* with what an operator can correct, for a child that did not accept what it was started with."""
-    model = llama.expected_model(profile) or profile.hf_repo
+    model = kind_of(profile).expected_model(profile) or profile.hf_repo
     what = f"the model ({model}) or the arguments" if model else "the arguments"
     return f"{reason}; if it stays like this, correct {what} of '{profile.id}' in the cookbook"
 

@@ -5,14 +5,14 @@ Owns the process and tells the supervisor what happens to it, through ``report``
 instance is only reported, and it lives until the supervisor says ``terminate`` or ``kill``.
 
 An instance is ready when GET /health says 200 while the process is alive and /props names our model file; never because
-of a log line (trap 94). A foreign server on our port therefore cannot pass for ours (trap 26).
+of a log line (trap 94). A foreign server on our port therefore cannot pass for ours (trap 26). An engine that has no
+/props, or lets others listen on its port, is the only one that listens there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,18 +22,24 @@ from typing import Any, Final
 from mesh import tasks
 from mesh.config.profile import Profile
 from mesh.core.exits import Cause, classify, describe_exit
-from mesh.engine import flags, llama
+from mesh.engine import flags
 from mesh.engine.assignment import Assignment
+from mesh.engine.children import LOOPBACK, fixed_port
+from mesh.engine.kind import UNASSIGNED, Command
+from mesh.engine.kinds import kind_of
 from mesh.engine.lease import Endpoint
 from mesh.engine.locate import EngineBinary, Engines
+from mesh.engine.model_file import model_bytes, other_model
 from mesh.engine.probe import Prober
 from mesh.engine.stall import StallClock, silence_limit_s
 from mesh.engine.vetting import complaint
 from mesh.errors import InstanceError
+from mesh.host.listeners import others_listen
 from mesh.host.logring import LogRing
-from mesh.host.memory import sample_tree_async
+from mesh.host.memory import sample_tree_async, tree_pids
 from mesh.host.ports import PortAllocator
 from mesh.host.process import Process
+from mesh.host.scratch import Scratch
 from mesh.host.warden import Warden
 from mesh.logs import Log
 
@@ -44,6 +50,8 @@ SLOWEST_PROBE_S: Final = 0.25
 SHORTEST_PAUSE_S: Final = 0.01
 #: between two samples of what the process tree does; only taken while there is no output
 SAMPLE_EVERY_S: Final = 1.0
+#: how often the directory of an instance is looked through for what it forgot there
+SWEEP_EVERY_S: Final = 600.0
 #: how often a child that is ready is asked for its properties before it counts as one that has none
 PROPERTIES_TRIES: Final = 3
 #: lines of the log that a report carries
@@ -88,6 +96,7 @@ class Host:
     find_engine: Callable[[Profile], EngineBinary]
     warden: Warden = field(default_factory=Warden)
     prober: Prober = field(default_factory=Prober)
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 class Runner:
@@ -100,19 +109,22 @@ class Runner:
         report: Callable[[Report], None],
         *,
         host: Host,
-        assignment: Assignment = llama.UNASSIGNED,
+        assignment: Assignment = UNASSIGNED,
     ) -> None:
         self.instance_id = instance_id
         self.profile = profile
         self.assignment = assignment
         #: complete once ``start`` returned; not alive before
-        self.endpoint = Endpoint(instance_id, profile, llama.LOOPBACK, 0, alive=False)
+        self.endpoint = Endpoint(instance_id, profile, LOOPBACK, 0, alive=False)
         self.ring = LogRing()
         self.command: tuple[str, ...] = ()  #: the argument list, which holds no secrets
         self.engine: EngineBinary | None = None  #: what it runs, once ``start`` returned
         self._report = report
         self._host = host
+        self._kind = kind_of(profile)
+        self._directory: Path | None = None  #: the instance's own, if its engine needs one
         self._process: Process | None = None
+        self.endpoint.log_tail, self.endpoint.log_lines = self._log_tail, lambda: self.ring.count
         self._readiness: asyncio.Task[None] | None = None
         self._told_to_stop = False
 
@@ -131,21 +143,41 @@ class Runner:
         self.engine = self._host.find_engine(self.profile)
         if (refusal := flags.refused_before(self.profile.args, self.engine)) is not None:
             raise InstanceError(refusal)
-        fixed = llama.fixed_port(self.profile)
+        fixed = fixed_port(self.profile)
         ports = self._host.ports
         port = ports.reserve() if fixed is None else ports.reserve_fixed(fixed)
         try:
-            command = llama.command(self.profile, self.engine, port, assignment=self.assignment)
-            self._process = Process.start(
-                command.argv, env=command.env, on_exit=self._exited, ring=self.ring, warden=self._host.warden
-            )
+            command = self._start_process(self.engine, port)
         except Exception:
+            self._remove_directory()
             ports.release(port, rest=False)
             raise
         self.command = command.argv
         self.endpoint.host, self.endpoint.port, self.endpoint.api_key = command.host, port, command.api_key
         self.endpoint.alive = True
+        assert self._process is not None, "it was just started"
         self._readiness = tasks.spawn(self._become_ready(self._process), f"readiness of {self.instance_id}")
+
+    def _start_process(self, engine: EngineBinary, port: int) -> Command:
+        if self._kind.needs_directory:
+            self._directory = self._host.scratch.take(self.instance_id)
+        command = self._kind.command(self.profile, engine, port, assignment=self.assignment, directory=self._directory)
+        self._process = Process.start(
+            command.argv,
+            env=command.env,
+            cwd=command.cwd,
+            on_exit=self._exited,
+            ring=self.ring,
+            warden=self._host.warden,
+        )
+        return command
+
+    def _remove_directory(self) -> None:
+        if self._directory is not None:
+            scratch, directory, self._directory = self._host.scratch, self._directory, None
+            left = scratch.put_away(directory)
+            # off the loop: an upload that was being converted is as large as uploads may be
+            tasks.spawn(asyncio.to_thread(scratch.give_back, left), f"directory of {self.instance_id}")
 
     def terminate(self) -> None:
         """Close the connections to it, then ask its group to end.
@@ -161,9 +193,14 @@ class Runner:
     async def busy_slots(self) -> int | None:
         """Return how many slots the child computes on, more than there are if it is too busy to say; None if it never
         says."""
-        if self._process is None or self._process.returncode is not None:
+        if self._process is None or self._process.returncode is not None or not self._kind.tells_slots:
             return None
         return await self._host.prober.busy_slots(self.endpoint)
+
+    def _log_tail(self, count: int) -> list[str]:
+        if self._process is not None:
+            self._process.read_now()
+        return self.ring.tail(count)
 
     def _stop(self, number: signal.Signals) -> None:
         if self._process is None or self._process.returncode is not None:
@@ -181,9 +218,11 @@ class Runner:
         self._stop_readiness()
         self.endpoint.close()
         self._host.ports.release(self.endpoint.port)
-        asked, tail = self._told_to_stop, tuple(self.ring.tail(TAIL_LINES))
-        cause = classify(returncode, self.ring.tail(CAUSE_LINES), asked=asked)
-        self._report(Exited(returncode, describe_exit(returncode, tail, asked=asked), tail, cause))
+        self._remove_directory()
+        asked, words = self._told_to_stop, self._kind.last_words(self.ring.tail(CAUSE_LINES))
+        tail = tuple(words[-TAIL_LINES:])
+        reason = describe_exit(returncode, tail, asked=asked, program=self._kind.program)
+        self._report(Exited(returncode, reason, tail, classify(returncode, words, asked=asked)))
 
     # -- readiness
 
@@ -194,24 +233,41 @@ class Runner:
         except Exception as error:
             _log.exception("watching a load failed unexpectedly", instance=self.instance_id)
             self._report(Stalled(f"it cannot be probed: {error!r}"))
+            return
+        if self._directory is not None:
+            await tasks.forever(self._sweep, every_s=SWEEP_EVERY_S, name=f"sweep for {self.instance_id}")
+
+    async def _sweep(self) -> None:
+        if self._directory is not None:
+            await asyncio.to_thread(self._host.scratch.sweep, self._directory)
 
     async def _watch_load(self, process: Process) -> None:
         if not await self._healthy_in_time(process):
             return
+        if self._kind.shares_ports and await asyncio.to_thread(self._shares_its_port, process.pid):
+            self._report(Stalled(f"port {self.endpoint.port} is used by another program, too"))
+            return
         info: Mapping[str, Any] = {}
-        for _ in range(PROPERTIES_TRIES):  # a child that is busy at once may be slow to tell
+        for _ in range(
+            PROPERTIES_TRIES if self._kind.tells_properties else 0
+        ):  # a child that is busy at once may be slow to tell
             info = info or await self._host.prober.properties(self.endpoint)
-        if (impostor := _other_model(self.profile, info)) is not None:
+        if (impostor := other_model(self.profile, info)) is not None:
             port = self.endpoint.port
             self._report(Stalled(f"port {port} is answered by another server, which serves {impostor}"))
             return
         slots = info.get("total_slots")
-        self._report(Healthy(slots if isinstance(slots, int) and slots > 0 else None, info))
+        told = slots if isinstance(slots, int) and slots > 0 else None
+        self._report(Healthy(self._kind.slots or told, info))
+
+    def _shares_its_port(self, pid: int) -> bool:
+        pids = tree_pids([pid]).get(pid, ())
+        return bool(pids) and others_listen(self.endpoint.port, pids)
 
     async def _healthy_in_time(self, process: Process) -> bool:
         """Probe until /health says 200; report ``Stalled`` and return False after too long a silence."""
         loop = asyncio.get_running_loop()
-        limit_s = silence_limit_s(self.profile.startup_timeout_s, _model_bytes(self.profile))
+        limit_s = silence_limit_s(self.profile.startup_timeout_s, model_bytes(self.profile))
         clock, sample_at, pause_s = StallClock(loop.time(), limit_s), loop.time(), FIRST_PROBE_S
         printed = asyncio.Event()
         process.on_output = printed.set
@@ -233,24 +289,24 @@ class Runner:
 
 
 class Launcher:
-    """Makes runners for one node, each with the llama-server of its profile's build."""
+    """Makes runners for one node, each with the program of its profile. *scratch*: where they get directories."""
 
-    def __init__(self, engines: Engines, ports: PortAllocator | None = None) -> None:
+    def __init__(self, engines: Engines, ports: PortAllocator | None = None, scratch: Scratch | None = None) -> None:
         self._engines = engines
-        self._host = Host(ports or PortAllocator(), engines.of)
+        self._host = Host(ports or PortAllocator(), engines.of, scratch=scratch or Scratch())
 
     def launch(
         self,
         instance_id: str,
         profile: Profile,
         report: Callable[[Report], None],
-        assignment: Assignment = llama.UNASSIGNED,
+        assignment: Assignment = UNASSIGNED,
     ) -> Runner:
         """Return a runner; the caller starts it."""
         return Runner(instance_id, profile, report, host=self._host, assignment=assignment)
 
     async def vet(self, profile: Profile) -> str | None:
-        """Return what llama-server has against *profile*'s arguments, without loading anything; None if nothing, or
+        """Return what its engine has against *profile*'s arguments, without loading anything; None if nothing, or
         if it cannot be told. Raise a ``MeshError`` for what makes starting it impossible."""
         return await complaint(profile, self._engines.of(profile), self._host.warden)
 
@@ -267,6 +323,7 @@ class Launcher:
     async def close(self) -> None:
         """Free what the runners shared; to be called when all have exited. A group that is left is killed."""
         await asyncio.to_thread(self._host.warden.close)
+        await asyncio.to_thread(self._host.scratch.close)
 
 
 async def _pause(printed: asyncio.Event, seconds: float) -> None:
@@ -276,29 +333,3 @@ async def _pause(printed: asyncio.Event, seconds: float) -> None:
         async with asyncio.timeout(seconds - SHORTEST_PAUSE_S):
             await printed.wait()
     printed.clear()
-
-
-def _other_model(profile: Profile, info: Mapping[str, Any]) -> str | None:
-    """Return the model that the server says it has, if it is not *profile*'s; None if it is, or nobody can tell."""
-    expected, actual = llama.expected_model(profile), info.get("model_path")
-    if expected is None or not isinstance(actual, str) or not actual or actual == expected:
-        return None
-    with contextlib.suppress(OSError):
-        if Path(actual).resolve() == Path(expected).resolve():
-            return None
-    return actual
-
-
-def _model_bytes(profile: Profile) -> int:
-    """Return the model's size, all shards about as large as the first; 0 if it is unknown.
-
-    One ``stat``: cheap enough for the loop.
-    """
-    path = llama.expected_model(profile)
-    if path is None:
-        return 0
-    shards = re.search(r"-00001-of-(\d{5})\.gguf$", path)
-    try:
-        return Path(path).stat().st_size * (int(shards[1]) if shards else 1)
-    except OSError:
-        return 0

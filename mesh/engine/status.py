@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import Callable, Collection
 from typing import Final
 
+from mesh.config.profile import Engine
 from mesh.engine.locate import EngineBinary, Engines
 from mesh.errors import EngineMissingError
 
@@ -19,8 +20,10 @@ class EngineStatus:
     That is the default build's, and while that is missing the first other one: its profiles can be started.
     """
 
-    def __init__(self, engines: Engines) -> None:
+    def __init__(self, engines: Engines, used: Callable[[], Collection[Engine]] = frozenset) -> None:
+        """*used*: the engines that profiles ask for."""
         self._engines = engines
+        self._used = used
         self._looked_at = float("-inf")
         self._version: str | None = None
         self._source: str | None = None
@@ -31,7 +34,7 @@ class EngineStatus:
         return self._version
 
     def source(self) -> str | None:
-        """Return where the engine is from: "configured", "embedded" or "path"."""
+        """Return where the engine is from: "configured", "embedded", "path" or "cache"."""
         self._look()
         return self._source
 
@@ -59,7 +62,6 @@ class EngineStatus:
         try:
             return self._engines.named()
         except EngineMissingError:
-            for name in self._engines.names[1:]:
-                with contextlib.suppress(EngineMissingError):
-                    return self._engines.named(name)
+            if (other := next(self._engines.all(self._used()), None)) is not None:
+                return other
             raise

@@ -14,6 +14,7 @@ from typing import Final
 
 from mesh.config.profile import Profile
 from mesh.core.exits import Cause, classify, describe_exit, first_complaint
+from mesh.engine import flags
 from mesh.engine.children import fixed_port
 from mesh.engine.kind import EngineKind
 from mesh.engine.kinds import kind_of
@@ -44,7 +45,12 @@ async def complaint(profile: Profile, engine: EngineBinary, warden: Warden | Non
             ended.set_result(returncode)
 
     process = Process.start(
-        (*command.argv, kind.check_flag), env=command.env, on_exit=on_exit, ring=LogRing(), warden=warden
+        (*command.argv, kind.check_flag),
+        env=command.env,
+        cwd=flags.directory_of(kind),
+        on_exit=on_exit,
+        ring=LogRing(),
+        warden=warden,
     )
     try:
         async with asyncio.timeout(LIMIT_S):

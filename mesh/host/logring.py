@@ -23,6 +23,7 @@ class LogRing:
         self._max_lines = max_lines
         self._max_bytes = max_bytes
         self._bytes = 0
+        self._ended = 0
         self._partial = bytearray()  # the line that has no end yet, at most MAX_LINE_BYTES + 1 of it
         self._subscriptions: set[Subscription] = set()
         self.closed = False
@@ -39,6 +40,11 @@ class LogRing:
         """Return the newest *count* lines (all without a count), an unfinished last one included."""
         lines = [*self._lines, _text(self._partial)] if self._partial else list(self._lines)
         return lines if count is None else lines[max(0, len(lines) - count) :]
+
+    @property
+    def count(self) -> int:
+        """How many lines there were so far, with those that are forgotten and one that is unfinished."""
+        return self._ended + bool(self._partial)
 
     def subscribe(self, max_lines: int = 1000) -> Subscription:
         """Return the lines from now on, to be iterated with ``async for`` until the ring or the subscription closes."""
@@ -65,6 +71,7 @@ class LogRing:
         self._partial.clear()
         self._lines.append(line)
         self._bytes += len(line)
+        self._ended += 1
         while len(self._lines) > self._max_lines or (self._bytes > self._max_bytes and len(self._lines) > 1):
             self._bytes -= len(self._lines.popleft())
         for subscription in self._subscriptions:

@@ -112,6 +112,13 @@ class Process:
         else:
             threading.Thread(target=self._wait_in_thread, name=f"wait-{self.pid}", daemon=True).start()
 
+    def read_now(self) -> None:
+        """Take what it has written up to now."""
+        read = 0
+        while read < _LAST_READ_BYTES and (count := self._read_once()):
+            read += count
+            self.last_output_at = self._loop.time()
+
     def _read(self) -> None:
         """Take what the pipe holds; always as much as it offers, so that the child never blocks on its log."""
         if self._read_once():

@@ -21,6 +21,7 @@ def model_of(profile: ProfileState) -> ProfileState:
         id=profile.id,
         aliases=profile.aliases,
         kind=profile.kind,
+        multimodal=profile.multimodal,
         description=profile.description,
     )
 

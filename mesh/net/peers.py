@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 
-from mesh.config.profile import Profile
+from mesh.config.profile import Engine, Profile
 from mesh.core.breaker import Limits
 from mesh.core.node_state import Kind, PeerKey, ProfileState
 from mesh.logs import Log
@@ -196,12 +196,15 @@ def stand_in(state: ProfileState, *, max_wait_s: float | None, max_request_s: fl
     """Return a profile for what only others have: never started here, with this node's default limits."""
     model, _, profile = state.key.partition(":")
     flags = {str(Kind.EMBEDDING): ("--embeddings",), str(Kind.RERANK): ("--reranking",)}.get(state.kind, ())
+    if state.multimodal:
+        flags = (*flags, "--mmproj")
     return Profile(
         key=state.key,
         id=state.id,
         model=model,
         profile=profile or "default",
         args=flags,
+        engine=Engine.WHISPER if state.kind == Kind.AUDIO else Engine.LLAMA,
         aliases=state.aliases,
         description=state.description or None,
         max_instances=0,

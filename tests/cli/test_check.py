@@ -15,6 +15,7 @@ from mesh.engine.locate import EngineBinary
 from mesh.errors import EngineMissingError
 from mesh.host.devices import DeviceReader
 from tests.tiny_models import write_chat
+from tests.tiny_whisper import write_whisper
 
 ROOT = Path(__file__).parents[2]
 COOKBOOK = """
@@ -225,6 +226,52 @@ def fake_engine(path: Path) -> Path:
     path.write_text(FAKE_ENGINE)
     path.chmod(0o755)
     return path
+
+
+def test_a_cookbook_of_speech_needs_whisper_server_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("LLAMA_MESH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.yaml").write_text("llama_cpp: {binary_path: /nowhere/llama-server}")
+    write_whisper(tmp_path / "m.bin")
+    speech = {"engine": "whisper", "model_path": "m.bin", "llama_server_args": "-t 1"}
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": [{"name": "m", "profiles": [speech]}]}))
+    assert run(["check", "--json"]) == 1
+    (error,) = json.loads(capsys.readouterr().out)["errors"]
+    assert error["message"].startswith("no whisper-server found. Either set whisper_cpp.binary_path")
+    fake_engine(tmp_path / "bin/whisper-server")
+    assert run(["check", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["engine"]["found"], result["engines"]["whisper"]["source"], result["warnings"]) == (
+        False,
+        "path",
+        [],
+    )
+    assert run(["check"]) == 0
+    assert "engine    whisper: path whisper-server, unknown version" in capsys.readouterr().out
+
+
+def test_what_another_engine_lacks_is_no_failure_if_there_is_something_to_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], embedded: pytest.MonkeyPatch
+) -> None:
+    embedded.setenv("PATH", "")
+    embedded.setenv("LLAMA_MESH_CACHE", str(tmp_path / "cache"))
+    write_whisper(tmp_path / "w.bin")
+    write_chat(tmp_path / "m.gguf")
+    models = [
+        {"name": "m", "profiles": [{"model_path": "m.gguf"}]},
+        {"name": "w", "profiles": [{"engine": "whisper", "model_path": "w.bin"}]},
+    ]
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": models}))
+    assert run(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "w will not start: no whisper-server found." in out
+    assert out.rstrip().endswith("ok")
+    (tmp_path / "cookbook.yaml").write_text(json.dumps({"models": models[1:]}))
+    assert run(["check"]) == 1
+    *_, reason, last = capsys.readouterr().out.splitlines()
+    assert (reason.startswith("engine: no whisper-server found."), last) == (True, "1 mistake")
 
 
 def test_flags_that_an_engine_does_not_know_are_told_for_each_build(

@@ -16,6 +16,7 @@ from mesh.host.devices import DeviceReader
 from tests.cli.fake_node import FakeNode
 from tests.synthetic_models import write as write_synthetic
 from tests.tiny_models import write_chat
+from tests.tiny_whisper import write_whisper
 
 NO_NODE = "http://127.0.0.1:1"
 PARTS = ("weights", "kv", "recurrent", "compute", "output", "draft", "projector")
@@ -548,7 +549,8 @@ def test_the_cookbook_without_a_node(model: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.usefixtures("alone")
 def test_what_cannot_be_sized_does_not_hide_the_rest(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("some").mkdir()
-    Path("some/a.gguf").touch()
+    for name in ("a.gguf", "ggml-tiny.bin", "pytorch_model.bin"):
+        Path("some", name).touch()
     broken = {"gone.gguf": "there is no such file", "nope": "not found", "some": "is a directory"}
     assert run(["fit", *broken, model.name]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -562,7 +564,17 @@ def test_what_cannot_be_sized_does_not_hide_the_rest(model: Path, capsys: pytest
     assert [entry["problem"] is None for entry in told] == [False, False, False, True]
     assert told[0].keys() == told[3].keys()
     assert run(["fit", "some"]) == 1
-    assert "Name a .gguf file in it: a.gguf." in capsys.readouterr().err
+    assert "Name a model file in it: a.gguf, ggml-tiny.bin." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_file_goes_to_the_engine_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    write_whisper(Path("speech.bin"))
+    assert run(["fit", "speech.bin", "--gpus", "24GB", "--json"]) == 0
+    told = out(capsys)
+    assert (told["fit"], told["source"], told["problem"]) == ("now", "estimated", None)
+    assert run(["fit", "speech.bin", "--args=-ng", "--gpus", "24GB", "--json"]) == 0
+    assert "gpu0" not in out(capsys)["placement_mib"], "an argument of whisper-server's"
 
 
 @pytest.mark.usefixtures("alone")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mesh.cli import whisper_setup
+from mesh.cli import whisper_build, whisper_setup
 from mesh.cli.failure import CliError
 from mesh.cli.whisper_build import NotPossibleError
 from mesh.cli.whisper_setup import WhisperParts
@@ -85,6 +85,22 @@ def test_scripts_get_one_path_a_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(whisper_setup, "ensure", lambda environ, console: parts)
     assert whisper_setup.main() == 0
     assert capsys.readouterr().out == "/c/whisper-server\n/c/ggml-tiny.bin\n/c/jfk.wav\n"
+
+
+def test_without_a_compiler_the_server_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = {"LLAMA_MESH_CACHE": str(tmp_path), "CXX": "no-such-compiler", "PATH": ""}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(whisper_setup, "ensure_model", lambda *_: tmp_path / "m")
+    monkeypatch.setattr(whisper_setup, "ensure_speech", lambda *_: tmp_path / "s")
+    monkeypatch.setattr(whisper_build, "wheel_for", lambda *_: whisper_build.WHEELS["x86_64"])
+    with pytest.raises(NotPossibleError, match=r"no C\+\+ compiler"):
+        whisper_setup.ensure(environ, Console(file=io.StringIO()))
+    server = tmp_path / "whisper-server-1.8.5-abc/whisper-server"
+    server.parent.mkdir()
+    server.touch()
+    parts = whisper_setup.ensure(environ, Console(file=io.StringIO()))
+    assert parts == WhisperParts(server, tmp_path / "m", tmp_path / "s")
 
 
 @pytest.mark.parametrize(("error", "status"), [(NotPossibleError("no", fix="do"), 3), (CliError("no", fix="do"), 1)])

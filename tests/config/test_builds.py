@@ -141,6 +141,17 @@ def test_a_canary_that_is_not_in_the_cookbook_is_warned_of(files: Files) -> None
     )
 
 
+def test_a_canary_that_another_engine_runs_is_warned_of(files: Files) -> None:
+    (files.directory / "w.bin").write_bytes(b"lmgg")
+    cookbook = "models: [{name: w, profiles: [{engine: whisper, model_path: w.bin}]}]"
+    config = "llama_cpp: {canary_profile: W}\nbuilds:\n  a: {canary_profile: 'w:default'}"
+    assert files.warnings(config, cookbook) == [
+        f"config.yaml:{line}: {key}.canary_profile: '{name}' is run by whisper-server, not by a build of llama.cpp;"
+        " new builds are compared with the old on a tiny model only"
+        for line, key, name in ((1, "llama_cpp", "W"), (3, "builds.a", "w:default"))
+    ]
+
+
 @pytest.mark.parametrize(
     ("profile", "defaults", "expected"),
     [

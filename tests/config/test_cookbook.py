@@ -55,7 +55,7 @@ def test_every_key_reaches_the_profile(files: Files) -> None:
     profile = only(
         files,
         "id: Big, description: d, hf_repo: u/r, hf_file: f, llama_server_args: '-c 9 --alias \"a b\"', env: {A: 1},"
-        "engine: whisper, aliases: [gpt], pinned: true, devices: [0, GPU-1], estimated_vram_mb: 2GB,"
+        "engine: llama, aliases: [gpt], pinned: true, devices: [0, GPU-1], estimated_vram_mb: 2GB,"
         "estimated_sysmem_mb: 3, idle_timeout_seconds: 5m, max_instances: 0, max_concurrent_requests_per_instance: 0,"
         "max_queue_size: 7, max_wait_in_queue_ms: 0, max_request_duration_ms: 2500, min_eviction_tenure_secs: 0,"
         "startup_timeout_seconds: 90, download_timeout_seconds: 1h, drain_on_disconnect: true",
@@ -63,7 +63,7 @@ def test_every_key_reaches_the_profile(files: Files) -> None:
     assert (profile.key, profile.id, profile.description) == ("m:big", "M:Big", "d")
     assert (profile.model_path, profile.hf_repo, profile.hf_file) == (None, "u/r", "f")
     assert profile.args == ("-c", "9", "--alias", "a b")
-    assert (profile.env, profile.engine, profile.aliases) == ({"A": "1"}, Engine.WHISPER, ("gpt",))
+    assert (profile.env, profile.engine, profile.aliases) == ({"A": "1"}, Engine.LLAMA, ("gpt",))
     assert (profile.pinned, profile.devices, profile.drain_on_disconnect) == (True, ("0", "GPU-1"), True)
     assert profile.estimate.mib == {"vram": 2048, "ram": 3}
     assert (profile.idle_timeout_s, profile.max_instances, profile.max_concurrent, profile.max_queue) == (300, 0, 0, 7)
@@ -92,6 +92,53 @@ def test_an_explicit_value_is_never_shadowed(
     assert getattr(only(files, source, config=config, defaults=common), attribute) == 3
     explicit = only(files, f"{source}, {key}: {own}", config=config, defaults=common)
     assert getattr(explicit, attribute) == (None if key.endswith("_ms") else 0)
+
+
+def test_a_whisper_profile(files: Files) -> None:
+    files.write("m.bin", "lmgg")
+    loaded = files.load(None, "models: [{name: M, profiles: [{engine: whisper, model_path: m.bin, convert: true}]}]")
+    assert not loaded.warnings
+    (profile,) = loaded.catalog.profiles
+    assert (profile.engine, profile.convert, profile.args) == (Engine.WHISPER, True, ())
+    assert profile.args_hash == args_hash(["-m", "m.bin"]), "its own arguments, and none of llama-server's"
+    assert only(files, "model_path: m.bin, engine: whisper, llama_server_args: --convert").convert
+
+
+def test_arguments_for_one_engine_are_not_for_another(files: Files) -> None:
+    common = "defaults: {llama_server_args: --jinja}"
+    assert only(files, "model_path: /m, engine: whisper", defaults=common).args == ()
+    assert only(files, "model_path: /m", defaults=common).args == ("--jinja",)
+    common = "defaults: {llama_server_args: -t 2, engine: whisper}"
+    assert only(files, "model_path: /m", defaults=common).args == ("-t", "2")
+    assert only(files, "model_path: /m, engine: llama", defaults=common).args == ()
+
+
+def test_a_key_that_the_arguments_overrule_is_told(files: Files) -> None:
+    (files.directory / "w.bin").write_bytes(b"lmgg")
+    profile = "{engine: whisper, model_path: w.bin, convert: false, llama_server_args: --convert}"
+    (warning,) = files.warnings("", f"models: [{{name: M, profiles: [{profile}]}}]")
+    assert warning.endswith("convert: has no effect: llama_server_args have --convert")
+
+
+def test_a_default_for_one_engine_does_not_touch_another(files: Files) -> None:
+    """It would make another launch, and restart what runs."""
+    builds = "builds: {two: {}}"
+    for engine, key in (("llama", "convert: true"), ("whisper", "engine_build: two")):
+        bare = f"model_path: /m, engine: {engine}"
+        plain = only(files, bare, config=builds)
+        assert only(files, bare, config=builds, defaults=f"defaults: {{{key}}}") == plain
+        assert only(files, f"{bare}, {key}", config=builds) == plain, "nor does it have an effect of its own"
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        ("hf_repo: a/b", "hf_repo: whisper-server downloads nothing; give 'model_path', a ggml whisper file"),
+        ("llama_server_args: -t 2", "profile M:default has no model: give 'model_path', a ggml whisper file"),
+    ],
+)
+def test_a_whisper_profile_needs_a_file(files: Files, profile: str, expected: str) -> None:
+    assert expected in errors(files, f"{{name: M, profiles: [{{engine: whisper, {profile}}}]}}")[0]
 
 
 def test_defaults_reach_profiles_that_say_nothing(files: Files) -> None:
@@ -290,13 +337,28 @@ def test_one_broken_profile_hides_nothing_else(files: Files) -> None:
         ("model_path: page.html", "model_path: 'page.html' is not a GGUF file; is the download complete?"),
         ("model_path: m.gguf, llama_server_args: --port 99999", "'--port 99999' is not a port (1 to 65535)"),
         ("model_path: m.gguf, llama_server_args: -c 9 --host", "'--host' has no value; it will not start"),
-        ("model_path: page.html, engine: whisper", "engine: whisper cannot be started by this version"),
+        ("model_path: page.html, engine: whisper", "'page.html' is not a ggml whisper file; is the download complete?"),
+        (
+            "model_path: m.gguf, engine: whisper",
+            "'m.gguf' is a GGUF file, for llama-server; whisper-server reads ggml whisper files",
+        ),
+        ("model_path: m.bin", "'m.bin' is a ggml whisper file, for whisper-server; llama-server reads GGUF files"),
+        ("model_path: m.gguf, convert: true", "convert: has no effect: llama-server reads no audio through ffmpeg"),
+        (
+            "model_path: m.bin, engine: whisper, max_concurrent_requests_per_instance: 4",
+            "max_concurrent_requests_per_instance: has no effect: whisper-server works on one request at a time",
+        ),
+        (
+            "model_path: m.bin, engine: whisper, engine_build: default",
+            "engine_build: has no effect: builds are of llama.cpp, not of whisper-server",
+        ),
         ("hf_repo: a/b, llama_server_args: ['-c 4096']", "'-c' and its value together; in a list these are two items"),
         ("hf_repo: a/b, estimated_vram_mb: 30GB", "estimated_vram_mb: 30720 is more than all of max_vram_mb, 24576"),
     ],
 )
 def test_what_is_probably_not_meant_is_a_warning(files: Files, profile: str, expected: str) -> None:
     files.write("m.gguf", "GGUF")
+    files.write("m.bin", "lmgg")
     files.write("page.html", "<html>")
     (warning,) = files.warnings("max_vram_mb: 24GB", f"models:\n  - {{name: m, profiles: [{{{profile}}}]}}\n")
     assert warning.startswith("cookbook.yaml:2: models[0].profiles[0].")

@@ -26,7 +26,7 @@ OUT_OF_MEMORY = (
 
 _SCRIPT = """#!/bin/sh
 case "$*" in
-*--version*) ;;
+*--version* | *--help*) ;;
 *)
     env > '{directory}'/$$.env
     printf '%s\\n' "$@" > '{directory}'/$$.args

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mesh.config.builds import LlamaCpp
 from mesh.engine import flags, llama
-from mesh.engine.flags import Option, known_flags, unknown_flags
+from mesh.engine.flags import known_flags, unknown_flags
+from mesh.engine.kind import Option
 from mesh.engine.locate import EngineBinary, Engines, find_engine
 from tests.engine.children import FAKE, REAL, make_profile
 
@@ -137,7 +138,7 @@ def fake(more: str = "") -> str:
 
 
 def refused(engine: EngineBinary, *args: str, env: Mapping[str, str] = os.environ) -> str | None:
-    return flags.refused(args, engine, env)
+    return flags.refused(args, engine, env, llama.KIND)
 
 
 def test_the_real_engine_is_asked() -> None:

@@ -20,6 +20,7 @@ from mesh.core.model_facts import ModelFacts
 from mesh.core.resources import Resources
 from mesh.engine import examine as examine_module
 from mesh.engine import footprints as module
+from mesh.engine import llama
 from mesh.engine.footprints import FootprintBook
 from mesh.engine.locate import EngineBinary, Engines
 from mesh.errors import EngineMissingError
@@ -161,7 +162,7 @@ async def test_a_disk_that_stumbles_once_is_asked_again(model: Path, monkeypatch
         raise OSError(5, "Input/output error", path)
 
     book = Book()
-    monkeypatch.setattr(examine_module, "_read", stumble)
+    monkeypatch.setattr(llama, "_read", stumble)
     found = await book.of(profile(model))
     assert found.problem is not None
     assert "Input/output error" in found.problem
@@ -180,6 +181,22 @@ async def test_what_is_loaded_beside_the_model_must_be_there_too(model: Path, tm
     drafted = await Book().of(profile(model, "-md", str(model)))
     assert drafted.estimate is not None
     assert drafted.estimate.draft.cpu > 0
+
+
+def test_files_beside_a_model_that_the_child_downloads_tell_launches_apart(tmp_path: Path) -> None:
+    path = tmp_path / "projector.gguf"
+    fetching = make_profile("-hfr", "a/b", "--mmproj", str(path), model_path=None)
+
+    def look() -> examine_module.Look:
+        return examine_module.examine(fetching, {}, lambda of: ENGINE)
+
+    path.write_bytes(b"one")
+    before = look()
+    assert (before.problem, look().identity) == (None, before.identity)
+    path.write_bytes(b"another")
+    assert look().identity != before.identity
+    write("dense", path)
+    assert (look().with_gpus, look().file_bytes, look().problem) == (None, 0, None), "it is not the model"
 
 
 async def test_a_model_that_the_child_downloads_is_no_problem(tmp_path: Path) -> None:
@@ -451,3 +468,28 @@ async def test_each_profile_is_looked_at_with_its_own_engine(model: Path) -> Non
     assert sorted(asked) == ["m:default", "small:default"]
     needs = [found.need.gpu_mib for p in (profile(model), small) if (found := book.peek(p)) is not None]
     assert needs[0] > needs[1] == 0, "the embedded one uses no GPU"
+
+
+async def test_after_an_engine_was_replaced_what_was_seen_a_moment_ago_does_not_count(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what is being seen at the moment: it may be of the old one."""
+    book, mine = Book(), profile(model)
+    book.engine = lambda: replace(ENGINE, identity="one")
+    before = await book.of(mine)
+    book.engine = lambda: replace(ENGINE, identity="two")
+    await book.book.look([mine])
+    assert book.book.fresh(mine)
+    book.book.forget_looks()
+    assert not book.book.fresh(mine)
+    await book.book.look([mine])
+    after = book.book.peek(mine)
+    assert after is not None
+    assert after.identity != before.identity
+    book.book.forget_looks()
+    looking = asyncio.create_task(book.book.look([mine]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    book.book.forget_looks()
+    await looking
+    assert not book.book.fresh(mine)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from mesh.config.profile import Engine, Profile
+from mesh.config.profile import Profile
 from mesh.core.devices import Gpu
 from mesh.engine import llama
 from mesh.engine.assignment import Assignment
+from mesh.engine.children import child_env, fixed_port
 from mesh.engine.locate import EngineBinary
 from mesh.errors import ConfigError
 
@@ -46,7 +47,7 @@ def test_the_defaults_surround_the_users_arguments() -> None:
 def test_the_users_own_address_is_kept_and_reached_from_here(host: str, reached: str) -> None:
     """trap 21"""
     users = profile(f"--host={host}", "--port", "9999")
-    assert llama.fixed_port(users) == 9999
+    assert fixed_port(users) == 9999
     command = llama.command(users, ENGINE, 9999, {})
     assert command.argv[-4:] == ("--host", host, "--port", "9999")
     assert command.argv.count("--host") == command.argv.count("--port") == 1
@@ -54,13 +55,13 @@ def test_the_users_own_address_is_kept_and_reached_from_here(host: str, reached:
 
 
 def test_no_port_of_the_users_leaves_the_choice_to_the_node() -> None:
-    assert llama.fixed_port(profile("-np", "2")) is None
+    assert fixed_port(profile("-np", "2")) is None
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
 def test_a_port_that_is_none_is_refused(port: str) -> None:
     with pytest.raises(ConfigError, match="is not a port"):
-        llama.fixed_port(profile("--port", port))
+        fixed_port(profile("--port", port))
 
 
 def test_a_socket_file_alone_is_refused() -> None:
@@ -91,17 +92,17 @@ def test_the_environment_of_the_node_without_its_own_secrets() -> None:
     """trap 101"""
     own = {"CLUSTER_TOKEN": "t", "NODE_PRIVATE_KEY": "k", "LLAMESH_AUTH__ALLOWED_KEYS": "top", "LLAMA_API_KEY": "stray"}
     node = {"PATH": "/bin", "LLAMA_ARG_THREADS": "2", **own}
-    env = llama.child_env(profile(env={"A": "b"}), node)
+    env = child_env(profile(env={"A": "b"}), node)
     assert env == {"PATH": "/bin", "LLAMA_ARG_THREADS": "2", "OMP_WAIT_POLICY": "passive", "A": "b"}
 
 
 def test_openmp_waits_passively_unless_somebody_decided_otherwise() -> None:
-    assert llama.child_env(profile(), {"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
-    assert llama.child_env(profile(env={"OMP_WAIT_POLICY": "x"}), {})["OMP_WAIT_POLICY"] == "x"
+    assert child_env(profile(), {"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
+    assert child_env(profile(env={"OMP_WAIT_POLICY": "x"}), {})["OMP_WAIT_POLICY"] == "x"
 
 
 def test_devices_become_what_cuda_understands() -> None:
-    env = llama.child_env(profile(devices=("gpu1", "0", "GPU-8f1c")), {})
+    env = child_env(profile(devices=("gpu1", "0", "GPU-8f1c")), {})
     assert env["CUDA_VISIBLE_DEVICES"] == "1,0,GPU-8f1c"
     assert env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
@@ -113,11 +114,6 @@ def test_a_profile_without_a_model_is_refused_before_anything_starts() -> None:
     for fields in ({"hf_repo": "a/b"}, {"env": {"LLAMA_ARG_MODEL": "/m"}}):
         llama.command(profile(model_path=None, **fields), ENGINE, 1, {})
     llama.command(profile("-hf", "a/b", model_path=None), ENGINE, 1, {})
-
-
-def test_another_engine_is_refused() -> None:
-    with pytest.raises(ConfigError, match="whisper"):
-        llama.command(profile(engine=Engine.WHISPER), ENGINE, 1, {})
 
 
 def test_the_model_that_must_be_loaded() -> None:

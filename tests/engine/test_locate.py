@@ -99,6 +99,21 @@ def test_the_embedded_wheel_comes_before_path(
     assert found.identity
 
 
+def test_an_upgrade_of_the_node_in_place_is_no_other_engine(
+    wheel: list[str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node that runs is the old one, and so is the wheel that it found."""
+    script = tmp_path / "embedded.py"
+    script.write_text("1")
+    monkeypatch.setattr(embedded, "__file__", str(script))
+    wheel[:] = ["b1"]
+    before = find_engine(LlamaCpp()).identity
+    script.write_text("another")
+    assert find_engine(LlamaCpp()).identity == before
+    wheel[:] = ["b2"]
+    assert find_engine(LlamaCpp()).identity != before
+
+
 def test_without_any_the_three_ways_are_told(tmp_path: Path, wheel: list[str | None]) -> None:
     with pytest.raises(EngineMissingError) as caught:
         find_engine(not_asked_for(tmp_path / "none"))

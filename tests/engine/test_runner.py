@@ -14,10 +14,10 @@ import pytest
 
 from mesh.config.builds import LlamaCpp
 from mesh.core.exits import Cause
-from mesh.engine import flags
-from mesh.engine import runner as runner_module
+from mesh.engine import flags, llama
 from mesh.engine.assignment import Assignment
 from mesh.engine.locate import EngineBinary, Engines
+from mesh.engine.model_file import model_bytes
 from mesh.engine.runner import Exited, Healthy, Launcher, Runner
 from mesh.errors import CapacityError, ConfigError, EngineMissingError, InstanceError
 from mesh.host.ports import PortAllocator
@@ -305,9 +305,9 @@ async def test_a_missing_engine_is_told_by_start(tmp_path: Path) -> None:
 def test_sharded_models_count_whole(tmp_path: Path) -> None:
     shard = tmp_path / "big-00001-of-00004.gguf"
     shard.write_bytes(b"x" * 10)
-    assert runner_module._model_bytes(make_profile(model_path=str(shard))) == 40
-    assert runner_module._model_bytes(make_profile(model_path=str(tmp_path / "none"))) == 0
-    assert runner_module._model_bytes(make_profile(model_path=None, hf_repo="a/b")) == 0
+    assert model_bytes(make_profile(model_path=str(shard))) == 40
+    assert model_bytes(make_profile(model_path=str(tmp_path / "none"))) == 0
+    assert model_bytes(make_profile(model_path=None, hf_repo="a/b")) == 0
 
 
 async def test_nothing_is_started_with_flags_that_are_known_to_be_refused(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ async def test_nothing_is_started_with_flags_that_are_known_to_be_refused(tmp_pa
     script.chmod(0o755)
     launcher = Launcher(Engines({"default": LlamaCpp(binary_path=str(script))}))
     profile = make_profile("--bogus")
-    assert flags.refused(profile.args, launcher.engine(profile), os.environ) is not None
+    assert flags.refused(profile.args, launcher.engine(profile), os.environ, llama.KIND) is not None
     runner = launcher.launch("m-1", profile, Reports())
     with pytest.raises(InstanceError, match=r"\(build default\) does not know --bogus"):
         runner.start()

@@ -85,3 +85,13 @@ async def test_a_slow_watcher_loses_lines_and_is_told_how_many() -> None:
     ring.close()
     assert [line async for line in subscription] == ["4", "5"]
     assert subscription.dropped == 3
+
+
+def test_lines_are_counted_also_those_that_are_forgotten() -> None:
+    ring = LogRing(max_lines=2)
+    assert ring.count == 0
+    ring.feed(b"a\nb\nc\nunfini")
+    assert (ring.count, len(ring.tail())) == (4, 3)
+    before = ring.count
+    ring.feed(b"shed\nd\n")
+    assert ring.tail(ring.count - before) == ["d"]

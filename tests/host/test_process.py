@@ -286,3 +286,20 @@ async def test_a_failing_fork_is_told_with_its_cause(monkeypatch: pytest.MonkeyP
     with pytest.raises(InstanceError, match="Too many open files; raise the limit of open files"):
         Child("true")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_it_has_written_can_be_read_before_the_loop_turns(run: Run, tmp_path: Path) -> None:
+    """An answer may come by another way than the log line that explains it, which was written first."""
+    pipe = tmp_path / "written"
+    os.mkfifo(pipe)
+
+    async def main() -> None:
+        child = Child(*PYTHON, f"import time; print('why'); open({str(pipe)!r}, 'w').close(); time.sleep(60)")
+        pipe.read_text()  # on purpose: the loop must not turn
+        assert child.ring.count == 0
+        child.process.read_now()
+        assert (child.ring.tail(), child.ring.count) == (["why"], 1)
+        child.process.signal_group(signal.SIGKILL)
+        await child.ended
+
+    run(main())

@@ -1,0 +1,68 @@
+"""Who listens on a port. A server that sets SO_REUSEPORT shares its port with whoever does the same, unnoticed.
+
+Linux only; elsewhere, and for what cannot be read, nothing is known. Blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_LISTEN: Final = "0A"
+_SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
+_PROC: Final = Path("/proc")
+
+
+def others_listen(port: int, pids: Iterable[int], proc: Path = _PROC) -> bool:
+    """Whether somebody else than *pids* listens on *port* where they do, and may get connections from this machine.
+
+    The kernel prefers a socket of exactly the address: one on another address gets none that are for theirs, and one
+    on every address only what is left. Where *pids* listen on every address, connections come in by loopback.
+    """
+    listening = dict(_listening(port, proc))
+    own = {socket for pid in pids for socket in _sockets(pid, proc)} & listening.keys()
+    others = {address for socket, address in listening.items() if socket not in own}
+    if not own:
+        return bool(others)
+    return not others.isdisjoint(reached for socket in own for reached in _reached(listening[socket]))
+
+
+def _reached(address: IpAddress) -> Iterator[IpAddress]:
+    yield address
+    if address.is_unspecified:
+        yield ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+
+
+def _listening(port: int, proc: Path) -> Iterator[tuple[str, IpAddress]]:
+    """Yield inode and address of each socket that listens on *port*."""
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in (proc / "net" / table).read_text().splitlines()[1:]:
+                words = line.split()  # sl local_address rem_address st ... inode
+                address, _, number = words[1].rpartition(":")
+                if words[3] == _LISTEN and int(number, 16) == port:
+                    yield words[9], _address(address)
+
+
+def _address(digits: str) -> IpAddress:
+    """Return an address that the kernel prints as hexadecimal numbers of 32 bits, each in the machine's byte order."""
+    numbers = (int(digits[start : start + 8], 16) for start in range(0, len(digits), 8))
+    found = ipaddress.ip_address(b"".join(number.to_bytes(4, sys.byteorder) for number in numbers))
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return mapped or found
+
+
+def _sockets(pid: int, proc: Path) -> Iterator[str]:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(proc / str(pid) / "fd"):
+            with contextlib.suppress(OSError):
+                if (found := _SOCKET.fullmatch(os.readlink(proc / str(pid) / "fd" / name))) is not None:
+                    yield found[1]
