@@ -38,6 +38,7 @@ class FakeInstance:
     engine_build: str = "default"
     engine_path: str = "/opt/llama/llama-server"
     superseded: bool = False
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,25 @@
-"""One client's connection: who serves each request, the client's deadlines, refusals and every way to close.
+"""One client's connection: who serves each request, and the client's deadlines.
 
-Reading is the ``RequestReader``'s, inference the ``Exchange``'s, everything else the ``AppSession``'s. Nothing here
-knows instances.
+Reading is the ``RequestReader``'s, inference the ``Exchange``'s, everything else the ``AppSession``'s, refusals and
+every way to close its other half's (client_socket.py). Nothing here knows instances.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from mesh.api.body import requested_model, without_stream
+from mesh.api.client_socket import NEVER, ClientSocket
 from mesh.api.exchange import Exchange
+from mesh.api.form_exchange import form_exchange, form_reader
+from mesh.api.form_reader import FormReader
 from mesh.api.handoff import AppSession
 from mesh.api.http1 import RequestHead
 from mesh.api.request_reader import RequestReader, Stage
-from mesh.api.responses import STATUS_LINES, HeadTimeoutError, ProtocolError, error_response, internal_error
-from mesh.api.routes import Dialect, Route
-from mesh.core.node_state import PeerIdentity
+from mesh.api.responses import HeadTimeoutError, ProtocolError
+from mesh.api.routes import Route
 from mesh.errors import (
     AuthError,
     BodyTimeoutError,
@@ -27,62 +27,39 @@ from mesh.errors import (
     DrainingError,
     MeshError,
     TooManyHopsError,
-    UnknownModelError,
 )
-from mesh.logs import Log
 
 if TYPE_CHECKING:
     from mesh.api.dataplane import DataPlane
 
-_log = Log(__name__)
-
 _DRIP_BYTES = 4096  # less of a body than this in body_read_timeout_ms counts as silence: nobody may drip for ever
-_LINGER_S = 2.0  # how long a client may go on sending what nobody will read, so that it gets to read the answer
 _FIRST_REQUEST_S = 1.0  # how long a drain waits for the first request of a connection that was just made
-#: Refusals that another node may not have for the same request: failures, and limits of this one.
-_OF_THIS_NODE = frozenset({408, 413, 431, *range(500, 600)})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_NEVER = float("inf")
-_RESET = struct.pack("ii", 1, 0)  # a plain close is a clean end to whoever was told no length
 
 
-class ClientConnection(asyncio.Protocol):
+class ClientConnection(ClientSocket):
     """See the module. It is the ``Client`` of its exchanges and the ``Owner`` of its reader."""
 
     __slots__ = (
         "_app",
-        "_closing",
-        "_deadline",
         "_exchange",
+        "_form",
         "_paused_since",
-        "_plane",
         "_progress",
-        "_reader",
-        "_reading_paused",
-        "_request_id",
         "_since",
-        "_transport",
-        "address",
-        "peer",
-        "write",
         "write_paused",
     )
 
     def __init__(self, plane: DataPlane) -> None:
-        self._plane = plane
+        super().__init__(plane)
         self._reader = RequestReader(self, plane.limits)
         self._exchange: Exchange | None = None
         self._app: AppSession | None = None
-        self._request_id = b""  # of the request under way, as is _since
-        self._since = 0.0
-        self._closing = False
-        self._reading_paused = False
-        self._deadline = _NEVER  # for what the client owes us
+        self._form: FormReader | None = None  # while its body comes
+        self._since = 0.0  # of the request under way
         self._progress = 0  # of the body, when it was last looked at
         self._paused_since = 0.0
         self.write_paused = False
-        self.address = ""
-        self.peer: PeerIdentity | None = None  #: the node at the other end, if this is a link
 
     # --- transport events
 
@@ -109,6 +86,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
         self._leave()
+        self._drop_form()
         app, self._app = self._app, None
         if app is not None:
             app.connection_lost(exc)
@@ -142,7 +120,7 @@ class ClientConnection(asyncio.Protocol):
         plane = self._plane
         self._request_id = head.request_id or plane.next_id()
         self._since = plane.now()
-        self._deadline = _NEVER
+        self._deadline = NEVER
         if head.expect is not None and head.expect.lower() != b"100-continue":
             return ProtocolError("unknown expectation", 417)
         if head.route is not None:  # the app checks keys and the drain by itself
@@ -154,7 +132,7 @@ class ClientConnection(asyncio.Protocol):
                 return AuthError("Unauthorized")
             if head.mesh is not None and head.mesh.hops > plane.ctx.settings.max_hops:
                 return TooManyHopsError("Too many hops (loop detected)")
-        return plane.limits.body_error() if length > plane.limits.body_bytes else None
+        return plane.limits.refusal(head.route, length) if length > plane.any_body_bytes else None
 
     def body_awaited(self, expects_continue: bool) -> None:
         plane, partial = self._plane, self._reader.stage is Stage.PARTIAL_HEAD
@@ -166,7 +144,7 @@ class ClientConnection(asyncio.Protocol):
     def complete(self, head: RequestHead, body: bytes | memoryview) -> None:
         """The request is complete: find its profile and start the exchange."""
         route: Route = head.route
-        self._deadline = _NEVER
+        self._deadline = NEVER
         try:
             name, stream = requested_model(route, head.query, body)
             passed_on = head.mesh if self.peer is not None else None
@@ -182,14 +160,11 @@ class ClientConnection(asyncio.Protocol):
         self._exchange = exchange
         if (forwarder := self._plane.forwarder) is not None:
             exchange.trip = forwarder.trip(exchange, self.peer, head.mesh)
-        try:
-            exchange.start()
-        except Exception:
-            _log.exception("a request failed unexpectedly", request_id=self._request_id.decode("latin-1"))
-            exchange.fail(internal_error())
+        exchange.start()
 
     def refused(self, error: MeshError, in_step: bool) -> None:
         """Answer a request that never became an exchange."""
+        self._drop_form()
         if self._app is not None:
             if not self._app.withdraw():  # its answer has begun, so nothing else can be answered
                 self._transport.abort()
@@ -207,15 +182,32 @@ class ClientConnection(asyncio.Protocol):
             self._write_error(error, keep_alive=False)
             self._linger()
 
-    def too_far_ahead(self) -> None:
-        if not self._reading_paused:
-            self._reading_paused = True
-            self._transport.pause_reading()
+    # --- forms
+
+    def _form_complete(self, head: RequestHead, reader: FormReader) -> None:
+        self._deadline = NEVER
+        try:
+            exchange = form_exchange(self._plane, self, head, reader, self._request_id, self._since)
+        except MeshError as error:
+            self.refused(error, in_step=True)
+            return
+        self._exchange = exchange
+        if (forwarder := self._plane.forwarder) is not None:
+            exchange.trip = forwarder.trip(exchange, self.peer, head.mesh)
+        exchange.start()
+
+    def _drop_form(self) -> None:
+        form, self._form = self._form, None
+        if form is not None:
+            form.close()
 
     # --- requests for the app
 
-    def take(self, raw_head: bytes, head: RequestHead, length: int) -> AppSession:
+    def take(self, raw_head: bytes, head: RequestHead, length: int) -> AppSession | FormReader:
         """Let the app answer; this stays the transport's protocol and passes on the bytes of this request only."""
+        if head.route is not None:
+            self._form = form_reader(head, length, self._plane.limits)
+            return self._form
         self._plane.outbox.flush()  # the app writes to the transport itself
         app = self._plane.gateway.open(self._transport, head, length, self._plane.limits.body_bytes)
         self._app = app
@@ -228,6 +220,11 @@ class ClientConnection(asyncio.Protocol):
         # else the rest of the body is read and dropped: the answer did not say that the connection ends
 
     def taken(self) -> None:
+        form, self._form = self._form, None
+        if form is not None:
+            assert self._reader.head is not None
+            self._form_complete(self._reader.head, form)
+            return
         if self._app is not None and self._app.responded:
             self._app_done()
 
@@ -248,9 +245,7 @@ class ClientConnection(asyncio.Protocol):
         self._deadline = now + self._plane.idle_timeout_s
         self._reader.next()
         if self._reading_paused:
-            self._reading_paused = False
-            if not self._transport.is_closing():
-                self._transport.resume_reading()
+            self._read_on()
 
     def answer_error(self, error: MeshError) -> None:
         """Answer a request that was read to its end."""
@@ -263,47 +258,7 @@ class ClientConnection(asyncio.Protocol):
     def cut_off(self, last_words: bytes) -> None:
         """End an answer that is not complete, so that the client can tell."""
         self._exchange = None
-        if last_words:
-            self.write(last_words)
-            self._close()  # the framing is left open: not a clean end, yet the words arrive
-        else:
-            self._closing = True
-            self._plane.outbox.flush()
-            if (sock := self._transport.get_extra_info("socket")) is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self._transport.abort()
-
-    # --- the end
-
-    def _write_error(self, error: MeshError, keep_alive: bool) -> None:
-        head = self._reader.head
-        dialect = head.route.dialect if head is not None and head.route is not None else Dialect.OPENAI
-        status, headers, body = error_response(error, dialect, self._request_id.decode("latin-1"))
-        lines = [STATUS_LINES[status], *(b"%b: %b\r\n" % header for header in headers)]
-        lines.append(b"Content-Length: %d\r\nX-Request-Id: %b\r\n" % (len(body), self._request_id))
-        lines.append(self._plane.node_field)
-        if self.peer is not None and (error.status in _OF_THIS_NODE or error.type == UnknownModelError.type):
-            lines.append(b"X-Llama-Mesh-Error: %b\r\n" % error.type.encode("latin-1"))  # others may do better
-        lines.append(b"\r\n" if keep_alive else b"Connection: close\r\n\r\n")
-        if head is None or head.method != b"HEAD":
-            lines.append(body)
-        self.write(b"".join(lines))
-
-    def _linger(self) -> None:
-        """Close once the client stops sending: closing over unread bytes would reset the answer away."""
-        self._plane.outbox.flush()
-        self._reader.stop()
-        self._deadline = self._plane.now() + _LINGER_S
-        if self._transport.can_write_eof() and not self._transport.is_closing():
-            self._transport.write_eof()
-
-    def _close(self) -> None:
-        """Close when what was written has gone out, or after a while if the client does not take it."""
-        self._closing = True
-        self._reader.stop()
-        self._deadline = self._plane.now() + self._plane.idle_timeout_s
-        self._plane.outbox.flush()
-        self._transport.close()
+        self._break_off(last_words)
 
     # --- what the plane asks
 
@@ -325,9 +280,6 @@ class ClientConnection(asyncio.Protocol):
             self._deadline = min(self._deadline, self._plane.now() + _FIRST_REQUEST_S)
         else:
             self._close()
-
-    def abort(self) -> None:
-        self._transport.abort()
 
     def check(self, now: float) -> None:
         """Called about twice a second: enforce what the client owes."""

@@ -7,10 +7,12 @@ Not ASGI, because an ASGI server and an HTTP client cost 7 to 40 times what ngin
 costs about 1.7 times: one ``asyncio.Protocol`` per connection, callbacks instead of tasks, and bytes that are passed on
 as they came. A few objects, each with one duty; data flows down the list and back up::
 
-    ClientConnection (client.py)      one per client connection: turns, the client's deadlines, refusals, closing
+    ClientConnection (client.py)      one per client connection: turns, deadlines; refusing, closing: client_socket.py
       RequestReader                   its bytes cut into heads and bodies; sans-io (request_reader.py)
+      FormReader (form_reader.py)     a form's body, parsed as it comes and spooled (spool.py)
       Exchange (exchange.py)          one per request: admission, retries, lease, accounting; ends exactly once
         supervisor.submit             decides; calls ``admitted`` or ``refused``, perhaps at once
+        FormExchange                  that of a form: adapted to its engine, both ways (form_exchange.py)
         UpstreamConnection, Pool      one per connection to an instance / per endpoint (upstream.py)
         Relay (relay.py)              its answer: head rewritten, body verbatim, framing followed
       AppSession (handoff.py)         one request for the Starlette app, through uvicorn's own parser
@@ -22,6 +24,7 @@ as they came. A few objects, each with one duty; data flows down the list and ba
   for every request, known head or not.
 - **A request is read whole before it is admitted**, under a limit and a deadline: the model's name may be its last key,
   and a request that can be sent again needs its bytes. They are let go when an answer begins.
+- **Large bodies are sent in pieces**, as fast as the other side takes them (sender.py); a form's is a view of a file.
 - **An answer is never held.** Each read from the instance is one write to the client, at the end of the same turn of
   the loop (outbox.py). A client that does not keep up pauses reading from its instance (``pause_writing`` and back).
 - **Deadlines without timers.** Every connection has one deadline; a sweep twice a second compares. No timer is made
@@ -76,7 +79,15 @@ class DataPlane:
         self.gateway = AppGateway(app)
         self.node_id = re.sub(r"[^!-~]", "?", ctx.node_id)  # whatever a node is called, it must not break a header
         self.node_field = f"X-Llama-Mesh-Node: {self.node_id}\r\n".encode("ascii")
-        self.limits = Limits(http.head_limit_bytes, http.request_body_limit_bytes, ctx.authenticator.header)
+        self.limits = Limits(
+            http.head_limit_bytes,
+            http.request_body_limit_bytes,
+            ctx.authenticator.header,
+            http.upload_limit_bytes,
+            http.upload_memory_bytes,
+        )
+        #: up to here a body is never too large, whatever it is
+        self.any_body_bytes = min(http.request_body_limit_bytes, http.upload_limit_bytes)
         self.head_timeout_s: float = http.head_read_timeout_ms / 1000
         self.body_timeout_s: float = http.body_read_timeout_ms / 1000
         self.idle_timeout_s: float = http.idle_timeout_seconds

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mesh.api.http1 import RequestHead, ResponseHead
 from mesh.api.relay import Relay
+from mesh.api.sender import ONE_PIECE_BYTES, Body
 from mesh.api.upstream import Pool, UpstreamConnection
 from mesh.core.node_state import PeerIdentity
 from mesh.engine.lease import Lease
@@ -99,7 +100,7 @@ class Delivery(Relay):
         self.phase = _QUEUED
         self.trip: Trip | None = None  #: set before it starts, in a mesh
         self._plane = plane
-        self._body = body  # kept until an answer begins
+        self._body: Body = body  # kept until an answer begins; in parts only if it is larger than one piece
         self._lease: Lease | None = None
         self._peer: PeerLease | None = None  # the lease, if it is a peer's
         self._upstream: UpstreamConnection | None = None
@@ -142,13 +143,16 @@ class Delivery(Relay):
         length = self.bytes_in
         if 0 < length <= ONE_WRITE_BYTES:
             framing = b"Content-Length: %d\r\nX-Request-Id: " % length
-            out = b"".join((head.forward, fields, framing, self.request_id, b"\r\n\r\n", body))
+            out = b"".join((head.forward, fields, framing, self.request_id, b"\r\n\r\n", body))  # type: ignore[arg-type]
             self._plane.outbox.write(connection.transport, out)
             return
         framing = b"Content-Length: %d\r\n" % length if length or head.method == b"POST" else b""
         out = b"%b%b%bX-Request-Id: %b\r\n\r\n" % (head.forward, fields, framing, self.request_id)
-        if length:
-            connection.transport.writelines((out, body))  # nothing of it is held: what came before was answered
+        if length > ONE_PIECE_BYTES:
+            connection.send(out, body)
+        elif length:
+            # nothing of it is held: what came before was answered
+            connection.transport.writelines((out, body))  # type: ignore[arg-type]
         else:
             self._plane.outbox.write(connection.transport, out)
 

@@ -80,12 +80,16 @@ class Exchange(Delivery):
     # --- admission
 
     def start(self) -> None:
-        """Count the request and ask for an instance. Everything may happen inside this call."""
+        """Count the request and ask for an instance. Everything may happen inside this call, and nothing is raised."""
         metrics = self._plane.metrics
         metrics.requests_total += 1
         metrics.current_requests += 1
         self.model_metrics.requests_total += 1
-        self.submit()
+        try:
+            self.submit()
+        except Exception:
+            _log.exception("a request failed unexpectedly", request_id=self.request_id.decode("latin-1"))
+            self.fail(internal_error())
 
     def submit(self) -> None:
         if self.trip is not None:
@@ -189,13 +193,13 @@ class Exchange(Delivery):
         if limit_s and now - self.since > limit_s:
             self.fail(RequestExpiredError(limit_s, queued=self.phase in (_QUEUED, _PAUSED)))
         elif self._plane.upstream_read_timeout_s and self._upstream is not None and self._peer is None:
-            self._check_progress(now, self.bytes_out, self._upstream.paused)
+            self._check_progress(now, self.bytes_out + self._upstream.bytes_sent, self._upstream.paused)
 
-    def _check_progress(self, now: float, bytes_out: int, waits_for_client: bool) -> None:
+    def _check_progress(self, now: float, moved: int, waits_for_client: bool) -> None:
         seen, since = self._progress
         silence_s = self._plane.upstream_read_timeout_s
-        if bytes_out != seen or waits_for_client:
-            self._progress = (bytes_out, now)
+        if moved != seen or waits_for_client:
+            self._progress = (moved, now)
         elif now - since > silence_s:
             self.fail(UpstreamError(f"the instance sent nothing for {silence_s:g} s (upstream_read_timeout_ms)"))
 
@@ -227,7 +231,7 @@ class Exchange(Delivery):
         self._upstream = None
         if connection is not None:
             # one that answered before it had read the request is of no use any more; a small one it has read
-            if reusable and (self.bytes_in <= ONE_WRITE_BYTES or connection.transport.get_write_buffer_size() == 0):
+            if reusable and (self.bytes_in <= ONE_WRITE_BYTES or connection.sent):
                 connection.pool.give(connection, now)
             else:
                 connection.abort()

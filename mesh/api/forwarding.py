@@ -319,6 +319,6 @@ def _refusal(status: int, kind: str, body: bytes, node_id: str) -> PeerRefusalEr
         message = str(msgspec.json.decode(body)["error"]["message"])
     except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, RecursionError):
         message = kind.replace("_", " ")
-    status = status if status in (400, 404, 408, 413, 431, 500, 502, 503, 504) else 502
+    status = status if status in (400, 404, 408, 413, 431, 500, 502, 503, 504, 507) else 502
     retry_after_s = CapacityError("").retry_after_s if status == 503 else None
     return PeerRefusalError(f"node {node_id}: {message}", status=status, type=kind, retry_after_s=retry_after_s)

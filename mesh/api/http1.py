@@ -31,6 +31,7 @@ _OTHER_VERSION = re.compile(_TOKEN + rb" [\x21-\x7e]+ HTTP/[0-9]\.[0-9]\r\n")
 _ABSOLUTE_FORM = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
 SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
 MAX_LENGTH_DIGITS = 15
+_CONTENT_TYPE = re.compile(rb"\r\ncontent-type:[ \t]*([^\r]*)", re.IGNORECASE)
 
 _HOP_BY_HOP = {
     b"connection",
@@ -94,6 +95,7 @@ class RequestHead:
     path_text: str
     route: Any = None  #: the data plane's note
     mesh: MeshFields | None = None  #: if another node passed it on
+    taken: bool = True  #: somebody else takes the body as it comes: the app, or the reader of a form
     id_last: bool = False  #: ``after`` ends where the request id begins, which is another one each time
 
 
@@ -196,6 +198,12 @@ def parse_response(head: bytes, *, of_peer: bool = False) -> ResponseHead:
         length=length,
         refusal=None if refusal is None else refusal.decode("latin-1"),
     )
+
+
+def content_type(head: RequestHead | ResponseHead) -> str:
+    """Return what *head* says of its body; empty if it says nothing. Looked up only where it matters."""
+    found = _CONTENT_TYPE.search(head.forward)
+    return "" if found is None else found[1].strip(b" \t").decode("latin-1")
 
 
 @cache

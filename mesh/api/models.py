@@ -16,7 +16,9 @@ from mesh.api.context import NodeContext
 from mesh.config.profile import Profile
 from mesh.core.lifecycle import State
 from mesh.core.load_log import parse_load_log
-from mesh.core.node_state import ProfileState
+from mesh.core.node_state import Kind, ProfileState
+from mesh.engine.kind import Capability
+from mesh.engine.kinds import kind_of
 from mesh.errors import UnknownModelError
 
 _LOAD_LOG_LINES: Final = 1000
@@ -90,6 +92,7 @@ def _peers_entry(ctx: NodeContext, state: ProfileState, nodes: tuple[str, ...]) 
             "estimated_tokens_per_second": state.decode_tps or 0.0,
             "parsed_model_params": None,
             "aliases": list(state.aliases),
+            "capabilities": _told_capabilities(state),
             "nodes": list(nodes),
         },
     }
@@ -120,9 +123,20 @@ def model_entry(ctx: NodeContext, profile: Profile, parameters: Mapping[str, Any
             "estimated_tokens_per_second": _tokens_per_second(ctx, profile),
             "parsed_model_params": parameters,
             "aliases": list(profile.aliases),
+            "capabilities": _capabilities(profile),
             "nodes": _nodes_with(ctx, profile),
         },
     }
+
+
+def _capabilities(profile: Profile) -> list[str]:
+    """Return what it can do, in words; what every model can goes without saying."""
+    return sorted(can.value for can in kind_of(profile).capabilities(profile) if can is not Capability.ANY)
+
+
+def _told_capabilities(state: ProfileState) -> list[str]:
+    """Return the same of what a peer told."""
+    return sorted({state.kind, Kind.AUDIO.value}) if state.multimodal else [state.kind]
 
 
 def _tokens_per_second(ctx: NodeContext, profile: Profile) -> float:
@@ -144,9 +158,16 @@ class ModelParameters:
         stored = self._ctx.metrics.hash(profile.args_hash).parsed_model_params
         if not isinstance(stored, dict) or not isinstance(stored.get("params"), dict):
             return None
-        told_by, current = stored.get("llama_cpp_version"), self._ctx.engine_version()
+        told_by, current = stored.get("llama_cpp_version"), self._version(profile)
         outdated = told_by is not None and current is not None and told_by != current
         return None if outdated else stored["params"]
+
+    def _version(self, profile: Profile) -> str | None:
+        """Return which engine runs *profile* now, or would; None if that is not known."""
+        views = [v for v in self._ctx.supervisor.instances() if v.key == profile.key and v.state is State.READY]
+        if views:
+            return min(views, key=lambda v: v.superseded).engine_version
+        return self._ctx.engine_version() if profile.engine_build is None else None
 
     def _learn(self, profile: Profile) -> None:
         """Parse the output of a ready instance, the first time that it is seen."""
@@ -158,6 +179,5 @@ class ModelParameters:
                 continue
             self._read.add(instance_id)
             if params := parse_load_log(ring.tail(_LOAD_LOG_LINES)):
-                version = self._ctx.engine_version()
-                known = {"params": params, "llama_cpp_version": version}
+                known = {"params": params, "llama_cpp_version": view.engine_version}
                 self._ctx.metrics.hash(profile.args_hash).parsed_model_params = known

@@ -24,6 +24,8 @@ from mesh.core.node_state import Fit, Kind, NodeState, ProfileState
 from mesh.core.speed import Speed
 from mesh.core.speed import State as SpeedState
 from mesh.engine import memory_report
+from mesh.engine.kind import Capability
+from mesh.engine.kinds import kind_of
 from mesh.files import replace_file
 from mesh.logs import Log
 
@@ -92,7 +94,8 @@ class OwnState:
             key=profile.key,
             id=profile.id,
             aliases=profile.aliases,
-            kind=Kind.EMBEDDING if profile.embeddings else Kind.RERANK if profile.rerank else Kind.TEXT,
+            kind=_kind(profile),
+            multimodal=profile.multimodal,
             description=(profile.description or profile.model_description or "")[:_LONGEST_DESCRIPTION],
             fit=self._fits.get(profile.key, Fit.WAIT),
             ready=load.ready,
@@ -147,7 +150,7 @@ class OwnState:
 
     def time_loads(self, now: float) -> None:
         """Learn how long instances took to start; called often enough to see each one."""
-        views = [view for view in self._ctx.supervisor.instances() if view.state is State.READY]
+        views = [v for v in self._ctx.supervisor.instances() if v.state is State.READY and not v.hidden]
         for view in views:
             if view.id not in self._timed and view.ready_at_wall is not None:
                 self.speed(view.key).observe_load(max(1e-3, view.ready_at_wall - view.started_at_wall), now)
@@ -205,6 +208,14 @@ class OwnState:
             self._save_failed = True
             return
         self._saved, self._save_failed = content, False
+
+
+def _kind(profile: Profile) -> Kind:
+    able = kind_of(profile).capabilities(profile)
+    if Capability.TEXT in able:
+        return Kind.TEXT
+    kinds = ((Capability.EMBEDDING, Kind.EMBEDDING), (Capability.RERANK, Kind.RERANK), (Capability.AUDIO, Kind.AUDIO))
+    return next((kind for capability, kind in kinds if capability in able), Kind.TEXT)
 
 
 def _rounded(figure: float | None) -> float | None:

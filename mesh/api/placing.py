@@ -54,10 +54,12 @@ class Placing:
         """Return who would serve the request soonest; this node among them if it may (*here*)."""
         key = exchange.profile.key
         self._turns[key] += 1
+        audio = exchange.route.capability is Capability.AUDIO  # its bytes are no prompt
         work = Work(
             profile=key,
             kind=_KINDS.get(exchange.route.capability),
-            prompt_tokens=exchange.bytes_in // BYTES_PER_TOKEN,
+            prompt_tokens=0 if audio else exchange.bytes_in // BYTES_PER_TOKEN,
+            max_tokens=0 if audio else None,
             tokens=self._own.speed(key).figures().tokens,
             turn=self._first_turn + self._turns[key],
         )

@@ -13,10 +13,11 @@ from enum import Enum, auto
 from typing import Protocol
 
 from mesh.api.chunked import ChunkedDecoder, ChunkError
+from mesh.api.form_reader import upload_error
 from mesh.api.http1 import RequestHead, parse_request
 from mesh.api.known_heads import read_known, take_id, without_id
 from mesh.api.responses import ProtocolError
-from mesh.api.routes import BY_PATH
+from mesh.api.routes import BY_PATH, ModelIn, Route
 from mesh.errors import BodyTooLargeError, MeshError
 
 MAX_AHEAD_BYTES = 65536
@@ -45,6 +46,14 @@ class Limits:
     head_bytes: int
     body_bytes: int
     key_header: bytes
+    upload_bytes: int = 512 * 1024**2  #: of a form
+    upload_memory_bytes: int = 1024**2  #: what is kept of it in memory
+
+    def refusal(self, route: Route | None, length: int) -> MeshError | None:
+        """Return why a body of *length* is too large, None if it is not."""
+        if route is not None and route.model_in is ModelIn.FORM:
+            return upload_error(self.upload_bytes) if length > self.upload_bytes else None
+        return self.body_error() if length > self.body_bytes else None
 
     def body_error(self) -> MeshError:
         return BodyTooLargeError(f"the body is larger than http.request_body_limit_bytes ({self.body_bytes})")
@@ -65,13 +74,13 @@ class Owner(Protocol):
         """Return why the request is refused on its head alone, None if it is not."""
 
     def take(self, raw_head: bytes, head: RequestHead, length: int) -> BodyTaker:
-        """Return who takes the body of a request that has no route here."""
+        """Return who takes the body of a request that has no route here, or is a form; raise to refuse it."""
 
     def body_awaited(self, expects_continue: bool) -> None:
         """The head was read and some of the body is still to come."""
 
     def taken(self) -> None:
-        """The taker has the whole body, which did not come with the head."""
+        """The taker has the whole body."""
 
     def complete(self, head: RequestHead, body: bytes | memoryview) -> None: ...
     def refused(self, error: MeshError, in_step: bool) -> None:
@@ -155,7 +164,8 @@ class RequestReader:
             self._refuse(error)
             return
         methods = BY_PATH.get(head.path)
-        head.route = None if methods is None else methods.get(head.method)
+        head.route = route = None if methods is None else methods.get(head.method)
+        head.taken = route is None or route.model_in is ModelIn.FORM
         self._known = head if end - position <= _MAX_KNOWN_HEAD_BYTES else None
         if self.of_peer:
             without_id(head)
@@ -199,10 +209,8 @@ class RequestReader:
         self.stage = _HELD
         end = position + length
         if (refusal := self._owner.judge(head, length)) is not None:
-            in_step = not head.chunked and end <= len(data) and head.expect is None
-            self._ahead, self._position = data, end
-            self._owner.refused(refusal, in_step)
-        elif head.route is None:
+            self._refuse_unread(refusal, head, data, end)
+        elif head.taken:
             self._pass_on(head, length, data, start, position)
         elif head.chunked:
             self._payload, self._body_bytes = bytearray(), 0
@@ -216,12 +224,18 @@ class RequestReader:
             self._parts, self._missing = [], length
             self._await_body(self._read_body, data[position:])
 
+    def _refuse_unread(self, error: MeshError, head: RequestHead, data: bytes, end: int) -> None:
+        """Refuse a request on its head; its body goes up to *end*, if that is known."""
+        in_step = not head.chunked and end <= len(data) and head.expect is None
+        self._ahead, self._position = data, end
+        self._owner.refused(error, in_step)
+
     def _await_body(self, receive: Callable[[bytes], None], rest: bytes) -> None:
         assert self.head is not None
         self.receive = receive
         self.stage = _BODY
-        # for a taker, the app asks for the body itself, once it wants it
-        self._owner.body_awaited(self.head.expect is not None and not rest and self._taker is None)
+        # the app asks for the body itself, once it wants it
+        self._owner.body_awaited(self.head.expect is not None and not rest and self.head.route is not None)
         if rest:
             receive(rest)
 
@@ -263,7 +277,11 @@ class RequestReader:
     # --- bodies that somebody else takes as they come
 
     def _pass_on(self, head: RequestHead, length: int, data: bytes, start: int, position: int) -> None:
-        taker = self._owner.take(data[start:position], head, length)
+        try:
+            taker = self._owner.take(data[start:position], head, length)
+        except MeshError as error:
+            self._refuse_unread(error, head, data, position + length)
+            return
         if taker.body_complete:
             self._ahead, self._position = data, position
             return
@@ -276,7 +294,7 @@ class RequestReader:
             return
         try:
             end = taker.feed(data, 0)
-        except ProtocolError as error:
+        except MeshError as error:
             self._refuse(error)
             return
         self._body_bytes += end

@@ -9,9 +9,12 @@ from typing import Any
 import msgspec
 
 from mesh.api.routes import Dialect
-from mesh.errors import MeshError
+from mesh.errors import MeshError, UnknownModelError
 
 Headers = list[tuple[bytes, bytes]]
+
+#: of a message, which may quote what the client sent; both ends of a longer one are shown
+_MAX_MESSAGE_CHARACTERS = 16_384
 
 #: Anthropic's names for the same failures; anything else is its ``api_error``.
 _ANTHROPIC_TYPES: Mapping[int, str] = {
@@ -25,6 +28,9 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+
+#: Refusals that another node may not have for the same request: failures, and limits of this one.
+_OF_THIS_NODE = frozenset({408, 413, 431, *range(500, 600)})
 
 STATUS_LINES: Mapping[int, bytes] = {s: b"HTTP/1.1 %d %s\r\n" % (s, s.phrase.encode()) for s in HTTPStatus}
 
@@ -73,12 +79,13 @@ def envelope(error: MeshError, dialect: Dialect, request_id: str | None = None) 
 
     ``memory`` is there only if the error has such numbers; Anthropic's clients get what the message says of them.
     """
+    message = _shown(error.message)
     if dialect is Dialect.ANTHROPIC:
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
-        detail = {"type": kind, "message": error.message}
+        detail = {"type": kind, "message": message}
         return msgspec.json.encode({"type": "error", "error": detail, "request_id": request_id})
     body: dict[str, Any] = {
-        "message": error.message,
+        "message": message,
         "type": error.type,
         "param": error.param,
         "code": None,
@@ -87,6 +94,13 @@ def envelope(error: MeshError, dialect: Dialect, request_id: str | None = None) 
     if error.details is not None:
         body["memory"] = dict(error.details)
     return msgspec.json.encode({"error": body})
+
+
+def _shown(message: str) -> str:
+    if len(message) <= _MAX_MESSAGE_CHARACTERS:
+        return message
+    half = _MAX_MESSAGE_CHARACTERS // 2
+    return f"{message[:half]} ... {message[-half:]}"
 
 
 def error_response(
@@ -102,6 +116,27 @@ def error_response(
     if isinstance(error, MethodNotAllowedError):
         headers.append((b"Allow", error.allow))
     return error.status, headers, body
+
+
+def raw_error(
+    error: MeshError,
+    dialect: Dialect,
+    request_id: bytes,
+    fields: bytes,
+    *,
+    to_peer: bool,
+    keep_alive: bool,
+    head_only: bool,
+) -> bytes:
+    """Return the whole answer, with our own *fields*. *head_only* for HEAD."""
+    status, headers, body = error_response(error, dialect, request_id.decode("latin-1"))
+    lines = [STATUS_LINES[status], *(b"%b: %b\r\n" % header for header in headers)]
+    lines.append(b"Content-Length: %d\r\nX-Request-Id: %b\r\n" % (len(body), request_id))
+    lines.append(fields)
+    if to_peer and (error.status in _OF_THIS_NODE or error.type == UnknownModelError.type):
+        lines.append(b"X-Llama-Mesh-Error: %b\r\n" % error.type.encode("latin-1"))  # others may do better
+    lines.append(b"\r\n" if keep_alive else b"Connection: close\r\n\r\n")
+    return b"".join(lines if head_only else (*lines, body))
 
 
 def error_event(error: MeshError, dialect: Dialect, request_id: str | None = None) -> bytes:

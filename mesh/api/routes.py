@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mesh.config.profile import Profile
+from mesh.engine.kind import Capability as Capability
+from mesh.engine.kinds import kind_of
 from mesh.errors import RequestError, UnknownModelError
 
 
 class ModelIn(Enum):
     BODY = "body"  # the JSON key "model"
     QUERY = "query"  # ?model=
+    FORM = "form"  # the field "model" of a multipart form, wherever it stands there
     NONE = "none"  # the default model
 
 
@@ -24,13 +27,6 @@ class Dialect(Enum):
     OPENAI = "openai"
     ANTHROPIC = "anthropic"
     LLAMA = "llama"
-
-
-class Capability(Enum):
-    TEXT = "text"
-    EMBEDDING = "embedding"
-    RERANK = "rerank"
-    ANY = "any"
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # a row is itself: rows are keys on the hot path
@@ -47,13 +43,23 @@ class Route:
 
     def check(self, profile: Profile, name: str) -> None:
         """Raise the caller's error if *profile*, asked for as *name*, cannot do what this path is for."""
+        able = kind_of(profile).capabilities(profile)
         match self.capability:
-            case Capability.TEXT if profile.embeddings or profile.rerank:
+            case Capability.TEXT | Capability.ANY if able <= _AUDIO_ONLY:
+                raise RequestError(f"Model '{name}' is for audio: {AUDIO_PATHS}", param="model")
+            case Capability.TEXT if Capability.TEXT not in able:
                 raise RequestError(f"Model '{name}' is restricted to embeddings or rerank endpoints", param="model")
-            case Capability.EMBEDDING if not profile.embeddings:
+            case Capability.EMBEDDING if Capability.EMBEDDING not in able:
                 raise UnknownModelError(f"Model '{name}' is not configured for embeddings", param="model")
-            case Capability.RERANK if not profile.rerank:
+            case Capability.RERANK if Capability.RERANK not in able:
                 raise UnknownModelError(f"Model '{name}' is not configured for reranking", param="model")
+            case Capability.AUDIO if Capability.AUDIO not in able:
+                raise UnknownModelError(f"Model '{name}' takes no audio: {_NO_AUDIO}", param="model")
+
+
+AUDIO_PATHS = "/v1/audio/transcriptions, /v1/audio/translations"
+_AUDIO_ONLY = frozenset({Capability.AUDIO, Capability.ANY})
+_NO_AUDIO = "that is for profiles with engine: whisper, or with a llama-server model that has an --mmproj"
 
 
 def _text(path: str, dialect: Dialect = Dialect.OPENAI) -> Route:
@@ -66,6 +72,10 @@ def _embedding(path: str, dialect: Dialect = Dialect.OPENAI) -> Route:
 
 def _rerank(path: str) -> Route:
     return Route("POST", path, capability=Capability.RERANK, may_stream=False)
+
+
+def _audio(path: str, dialect: Dialect = Dialect.OPENAI) -> Route:
+    return Route("POST", path, ModelIn.FORM, dialect, Capability.AUDIO, may_stream=False)
 
 
 def _read(method: str, path: str, model_in: ModelIn, dialect: Dialect = Dialect.LLAMA) -> Route:
@@ -82,6 +92,9 @@ ROUTES: tuple[Route, ...] = (
     _embedding("/v1/embeddings"),
     _embedding("/embeddings", Dialect.LLAMA),
     _embedding("/embedding", Dialect.LLAMA),
+    _audio("/v1/audio/transcriptions"),
+    _audio("/v1/audio/translations"),
+    _audio("/inference", Dialect.LLAMA),
     _rerank("/v1/rerank"),
     _rerank("/v1/reranking"),
     _rerank("/rerank"),

@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol, cast
 from mesh.api.http1 import ResponseHead, parse_response
 from mesh.api.known_heads import read_known
 from mesh.api.responses import ProtocolError
+from mesh.api.sender import Body, BodySender
 from mesh.engine.lease import Endpoint, Target
 from mesh.errors import MeshError, UpstreamError
 from mesh.logs import Log
@@ -51,7 +52,7 @@ class Requester(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an instance, used by at most one request at a time."""
 
-    __slots__ = ("idle_since", "paused", "pool", "requester", "reused", "transport")
+    __slots__ = ("_sender", "idle_since", "paused", "pool", "requester", "reused", "transport")
 
     transport: asyncio.Transport
 
@@ -61,6 +62,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.reused = False  # whether it has answered (anything); later the instance may just be closing it
         self.paused = False
         self.idle_since = 0.0
+        self._sender: BodySender | None = None  # of the latest large body
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
@@ -75,6 +77,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.pool.forget(self)
+        self._stop_sending()
         requester, self.requester = self.requester, None
         if requester is not None:
             requester.upstream_lost(exc)
@@ -93,8 +96,40 @@ class UpstreamConnection(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once, whatever is still to be sent; the instance then frees the slot. Nobody is told any more."""
         self.requester = None
+        self._stop_sending()
         self.pool.forget(self)
         self.transport.abort()
+
+    # --- large bodies
+
+    def send(self, head: bytes, body: Body) -> None:
+        """Write *head*, then *body* as fast as the other end takes it."""
+        self.transport.write(head)
+        self._sender = BodySender(self.transport, body)
+        self._sender.resume()
+
+    @property
+    def sent(self) -> bool:
+        """Whether all that was to be sent is with the kernel."""
+        return (self._sender is None or self._sender.done) and self.transport.get_write_buffer_size() == 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """How much of a large body was taken."""
+        return 0 if self._sender is None else self._sender.bytes_sent
+
+    def pause_writing(self) -> None:
+        if self._sender is not None:
+            self._sender.pause()
+
+    def resume_writing(self) -> None:
+        if self._sender is not None:
+            self._sender.resume()
+
+    def _stop_sending(self) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.stop()
 
 
 class Pool:
@@ -250,6 +285,15 @@ class Pool:
         return head, end, head.length
 
 
+class SingleUsePool(Pool):
+    """The connections to an instance that wants a new one for each request."""
+
+    __slots__ = ()
+
+    def give(self, connection: UpstreamConnection, now: float) -> None:
+        connection.abort()
+
+
 def pool_of(endpoint: Target, node_id: str) -> Pool:
     """Return the endpoint's pool, made on first use; a peer brings its own."""
     if endpoint.pool is None:
@@ -258,7 +302,8 @@ def pool_of(endpoint: Target, node_id: str) -> Pool:
             node_id.encode("latin-1", "replace"),
             endpoint.instance_id.encode("latin-1", "replace"),
         )
-        endpoint.pool = Pool(endpoint, _request_fields(endpoint), served_by)
+        kind = Pool if endpoint.keeps_alive else SingleUsePool
+        endpoint.pool = kind(endpoint, _request_fields(endpoint), served_by)
     pool: Pool = endpoint.pool
     return pool
 
@@ -268,4 +313,6 @@ def _request_fields(endpoint: Endpoint) -> bytes:
     fields = f"Host: {host}:{endpoint.port}\r\n"
     if endpoint.api_key is not None:  # the instance's own, never the client's (traps 102, 104)
         fields += f"Authorization: Bearer {endpoint.api_key}\r\n"
+    if not endpoint.keeps_alive:
+        fields += "Connection: close\r\n"
     return fields.encode("latin-1")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mesh.api import models
+from mesh.config.profile import Engine
 from mesh.core.lifecycle import State
 from mesh.core.load_log import KEYS
 from tests.api.asgi import request
@@ -49,6 +50,7 @@ async def test_an_entry_has_llameshs_keys() -> None:
         "estimated_tokens_per_second": 0.0,
         "parsed_model_params": None,
         "aliases": ["gpt-4o", "Tiny"],
+        "capabilities": ["text"],
         "nodes": ["node-a"],
     }
     assert (second["id"], second["root"]) == ("org/Big Model:long", "org/Big Model")
@@ -136,6 +138,18 @@ async def test_parameters_told_by_another_engine_version_are_not_shown() -> None
     assert (await listing(node))[0]["metadata"]["parsed_model_params"] is not None
 
 
+async def test_parameters_are_those_of_the_engine_that_told_them() -> None:
+    """An instance that is looked at after an install runs the version before it still."""
+    node = Node()
+    loaded(node, engine_version="b122", superseded=True)
+    assert (await listing(node))[0]["metadata"]["parsed_model_params"] is not None  # it is what runs
+    stored = node.ctx.metrics.hash("a1").parsed_model_params
+    assert stored is not None
+    assert stored["llama_cpp_version"] == "b122"
+    node.supervisor.views = []
+    assert (await listing(node))[0]["metadata"]["parsed_model_params"] is None  # the next one is another
+
+
 async def test_the_output_of_an_instance_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     node = Node()
     ring = loaded(node)
@@ -200,6 +214,27 @@ async def test_the_dead_offer_nothing() -> None:
     assert [entry["id"] for entry in await listing(node)] == ["Smol", "org/Big Model:long"]
     assert (await listing(node))[0]["metadata"]["nodes"] == ["node-a"]
     assert (await request(node.app, "GET", "/v1/models/big:long")).status == 404
+
+
+async def test_what_each_can_do_is_told_of_own_models_and_others() -> None:
+    whisper = replace(SMOL, key="w:default", id="w", aliases=(), engine=Engine.WHISPER)
+    hears = replace(SMOL, key="h:default", id="h", aliases=(), args=("--mmproj", "x.gguf"))
+    embeds = replace(SMOL, key="e:default", id="e", aliases=(), args=("--embeddings",))
+    theirs = (
+        profile("pw:default", kind="audio"),
+        profile("ph:default", multimodal=True),
+        profile("pr:default", kind="rerank"),
+    )
+    node = Node(whisper, hears, embeds)
+    FakeMesh(node, member(1, *theirs))
+    assert {entry["id"]: entry["metadata"]["capabilities"] for entry in await listing(node)} == {
+        "w": ["audio"],
+        "h": ["audio", "text"],
+        "e": ["embedding"],
+        "pw": ["audio"],
+        "ph": ["audio", "text"],
+        "pr": ["rerank"],
+    }
 
 
 @pytest.mark.parametrize("asked", ["Big:Long", "big:long", "B"])

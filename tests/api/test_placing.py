@@ -9,6 +9,7 @@ import pytest
 
 from mesh.api.own_state import OwnState
 from mesh.api.placing import MUCH_FASTER, Placing
+from mesh.api.routes import BY_PATH
 from mesh.core.node_state import PeerKey, ProfileState
 from mesh.net.peer import Peer
 from tests.api.exchanges import served
@@ -104,6 +105,13 @@ def test_a_warm_peer_goes_before_a_cold_start_here() -> None:
 def test_this_node_is_no_candidate_if_it_was_ruled_out() -> None:
     ranked = Here().loaded().placing.rank(served(), others(warm()), here=False)
     assert names(ranked) == ["n1"]
+
+
+def test_the_bytes_of_audio_are_no_prompt() -> None:
+    """Ten minutes of it would be millions of tokens, and every queue short beside that."""
+    route = BY_PATH[b"/v1/audio/transcriptions"][b"POST"]
+    (ranked,) = Here().placing.rank(served(route=route, bytes_in=20_000_000), others(warm()), here=False)
+    assert (ranked.terms["prefill"], ranked.terms["decode"]) == (0.0, 0.0)
 
 
 def test_a_drained_node_says_why_it_is_out() -> None:

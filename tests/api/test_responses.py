@@ -35,6 +35,15 @@ def test_the_openai_envelope_carries_the_numbers(error: MeshError, dialect: Dial
     assert json.loads(event)["error"]["memory"] == MEMORY
 
 
+@pytest.mark.parametrize("dialect", Dialect)
+def test_a_message_that_quotes_too_much_is_cut(dialect: Dialect) -> None:
+    error = MeshError(f"Model '{'x' * 65536}' not found")
+    message = json.loads(envelope(error, dialect))["error"]["message"]
+    assert len(message) < 17_000
+    assert message.startswith("Model 'xxx")
+    assert message.endswith("xxx' not found")
+
+
 def test_anthropics_envelope_stays_as_its_clients_know_it() -> None:
     """trap 74: unknown keys would be no help there; the message has the numbers."""
     told = json.loads(envelope(CapacityError("needs 40000 MiB", details=MEMORY), Dialect.ANTHROPIC, "r-1"))

@@ -1,0 +1,218 @@
+"""A form's way through the node: passed on as it came or as its engine wants it, and the engine's answer put right.
+
+What an engine wants is its adapter's (``mesh.engine.kind.FormAdapter``). A form is checked by it before it is queued,
+so that no model is loaded for one that cannot be served. It is adapted only on the node whose instance serves it; a
+peer gets it as it came. An adapted answer is collected, and goes to the client as one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mesh.api.collector import AnswerCollector
+from mesh.api.delivery import Client, Phase
+from mesh.api.exchange import Exchange
+from mesh.api.form_reader import FormReader, ReceivedForm
+from mesh.api.http1 import RequestHead, content_type
+from mesh.api.request_reader import Limits
+from mesh.api.responses import STATUS_LINES, internal_error
+from mesh.api.routes import Route
+from mesh.api.sender import ONE_PIECE_BYTES, Body
+from mesh.api.upstream import Pool, UpstreamConnection
+from mesh.config.profile import Profile
+from mesh.engine.kind import Answer, FormAdapter, Upload
+from mesh.engine.kinds import kind_of
+from mesh.engine.lease import Endpoint
+from mesh.errors import MeshError, RequestError, UpstreamError
+from mesh.logs import Log
+from mesh.metrics import ModelMetrics
+
+if TYPE_CHECKING:
+    from mesh.api.dataplane import DataPlane
+
+_log = Log(__name__)
+
+
+def form_reader(head: RequestHead, length: int, limits: Limits) -> FormReader:
+    """Return who takes the form that *head* announces; raise ``RequestError`` if it announces none."""
+    if head.forward.lower().count(b"\r\ncontent-type:") > 1:
+        raise RequestError("the request has more than one Content-Type: who reads it further on may take another one")
+    return FormReader(
+        content_type(head),
+        None if head.chunked else length,
+        limit_bytes=limits.upload_bytes,
+        memory_bytes=limits.upload_memory_bytes,
+    )
+
+
+def form_exchange(
+    plane: DataPlane, client: Client, head: RequestHead, reader: FormReader, request_id: bytes, since: float
+) -> FormExchange:
+    """Return the exchange of a form that was read to its end; raise ``MeshError`` if it cannot be served."""
+    received = reader.finish()
+    try:
+        route: Route = head.route
+        profile, metrics = plane.find(_model(client, head, received), route)
+        adapter = kind_of(profile).adapter
+        upload = None
+        if adapter is not None and profile.max_instances:  # what only peers have is for them to judge
+            upload = _adapted(adapter, route, received, profile)
+        return FormExchange(plane, client, head, profile, metrics, received, upload, request_id, since)
+    except BaseException:
+        received.body.close()
+        raise
+
+
+def _model(client: Client, head: RequestHead, received: ReceivedForm) -> str | None:
+    """Return the model that is asked for, None for the default."""
+    if client.peer is not None and head.mesh is not None and head.mesh.model is not None:
+        return head.mesh.model
+    name = received.form.get("model")
+    if name == "":
+        raise RequestError("'model' must be a non-empty string", param="model")
+    return name
+
+
+def _adapted(adapter: FormAdapter, route: Route, received: ReceivedForm, profile: Profile) -> Upload:
+    try:
+        return adapter.upload(route.path, received.form, received.body.view, profile)
+    except MeshError:
+        raise
+    except Exception as error:
+        _log.exception("a form could not be adapted", path=route.path, model=profile.id)
+        raise internal_error() from error
+
+
+class FormExchange(Exchange):
+    """See the module."""
+
+    __slots__ = ("_came", "_collector", "_lines_before", "_received", "_upload")
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        client: Client,
+        head: RequestHead,
+        profile: Profile,
+        model_metrics: ModelMetrics,
+        received: ReceivedForm,
+        upload: Upload | None,
+        request_id: bytes,
+        since: float,
+    ) -> None:
+        view = received.body.view
+        super().__init__(plane, client, head, profile, model_metrics, view, request_id, since)
+        self._came: tuple[RequestHead, Body, int] = (head, view, len(view))
+        self._received = received
+        self._upload = upload
+        self._collector: AnswerCollector | None = None  # of an adapted form, while its answer comes
+        self._lines_before = 0  # in the instance's log
+
+    # --- there
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        """Send the form, as it came or as the instance wants it."""
+        endpoint = connection.pool.endpoint
+        self._collector = None
+        self.request, self._body, self.bytes_in = self._came
+        if isinstance(endpoint, Endpoint) and endpoint.adapter is not None:
+            try:
+                self._adapt(endpoint, endpoint.adapter)
+            except MeshError as error:
+                connection.abort()
+                self.fail(error)
+                return
+        super().connected(connection)
+
+    def _adapt(self, endpoint: Endpoint, adapter: FormAdapter) -> None:
+        upload = self._upload
+        if upload is None:  # it came to be served here only on its way
+            upload = self._upload = _adapted(adapter, self.route, self._received, endpoint.profile)
+        fields = b"POST %b HTTP/1.1\r\nContent-Type: %b\r\n" % (upload.path, upload.content_type)
+        self.request = replace(self.request, forward=fields)
+        self.bytes_in = upload.length
+        self._body = b"".join(upload.parts) if upload.length <= ONE_PIECE_BYTES else upload.parts
+        self._collector = AnswerCollector()
+        endpoint.log_tail(0)  # what is on its way by now belongs to earlier requests
+        self._lines_before = endpoint.log_lines()
+
+    # --- and back
+
+    def expect(self, pool: Pool, closes_client: bool) -> None:
+        super().expect(pool, closes_client)
+        if self._collector is not None:
+            self.feed = self._collect
+
+    def answer_begins(self) -> None:
+        super().answer_begins()
+        self._release()
+
+    def _release(self) -> None:
+        """The form is not sent again: let its bytes go. What is still being sent stays until it was."""
+        self._body = b""
+        self._came = (self._came[0], b"", self._came[2])
+        if self._upload is not None:
+            self._upload = replace(self._upload, parts=())
+        self._received.body.close()
+
+    def _collect(self, data: bytes) -> None:
+        collector = self._collector
+        assert collector is not None
+        if self.phase is Phase.WAITING:
+            self.answer_begins()
+        try:
+            collector.feed(data)
+        except UpstreamError as error:
+            self.answer_broken(error)
+            return
+        if collector.complete:
+            self._collected(collector)
+
+    def _check_progress(self, now: float, moved: int, waits_for_client: bool) -> None:
+        came = 0 if self._collector is None else len(self._collector.body)
+        super()._check_progress(now, moved + came, waits_for_client)
+
+    def upstream_lost(self, error: Exception | None) -> None:
+        collector = self._collector
+        if collector is not None and error is None and not self._cut_by_us and collector.end():
+            self._collected(collector)
+        else:
+            super().upstream_lost(error)
+
+    def _collected(self, collector: AnswerCollector) -> None:
+        """The instance has answered in full: done with it, tell the client."""
+        connection, self._upstream = self._upstream, None
+        if connection is not None:
+            if collector.reusable and connection.sent:
+                connection.pool.give(connection, self._now())
+            else:
+                connection.abort()
+        answer = self._put_right(collector)
+        if isinstance(answer, MeshError):
+            self.fail(answer)
+            return
+        line = STATUS_LINES.get(answer.status, b"HTTP/1.1 %d \r\n" % answer.status)
+        fields = b"Content-Type: %b\r\nContent-Length: %d\r\n\r\n" % (answer.content_type, len(answer.body))
+        self._read_head(b"".join((line, fields, answer.body)))  # as if the instance had said so
+
+    def _put_right(self, collector: AnswerCollector) -> Answer | MeshError:
+        assert self._lease is not None
+        endpoint = self._lease.endpoint
+        assert isinstance(endpoint, Endpoint)
+        assert endpoint.adapter is not None
+        assert self._upload is not None
+        endpoint.log_tail(0)
+        lines = endpoint.log_tail(max(0, endpoint.log_lines() - self._lines_before))
+        body = bytes(collector.body)
+        try:
+            return endpoint.adapter.answer(self._upload, collector.status, collector.content_type, body, lines)
+        except Exception:
+            request_id = self.request_id.decode("latin-1")
+            _log.exception("an answer could not be adapted", request_id=request_id, status=collector.status)
+            return internal_error()
+
+    def _end(self, status: int, error: str | None, now: float) -> None:
+        super()._end(status, error, now)
+        self._release()
+        self._collector = None
