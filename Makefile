@@ -3,7 +3,7 @@
 
 LLAMA_MESH_VENV ?= .venv
 BIN := $(LLAMA_MESH_VENV)/bin
-# Passed on: make test ARGS="-k sniff", make demo ARGS="--prompt 'Tell me a joke'"
+# Passed on: make test ARGS="-k sniff", make demo ARGS="--prompt 'Tell me a joke'", make demo ARGS=--transcribe
 ARGS ?=
 export LLAMA_MESH_VENV
 
@@ -16,7 +16,7 @@ help:            ## list the targets
 setup:           ## make or update the virtual environment
 	@scripts/bootstrap
 
-demo: setup      ## fetch a small real model and stream its answer through llama-mesh
+demo: setup      ## fetch a small real model and stream its answer through llama-mesh (ARGS=--transcribe: speech to text, too)
 	@$(BIN)/llama-mesh demo $(ARGS)
 
 test: lint model ## check the style, the types and the architecture, then run all tests

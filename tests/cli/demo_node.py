@@ -1,6 +1,6 @@
 """Stands in for the node that `demo` starts: same command line, same files, answers from a script.
 
-Faults come in DEMO_FAULT: "crash" at start, "error" event in the stream, "deaf" to the first SIGTERM.
+Faults come in DEMO_FAULT: "crash" at start, "error" event in the stream, "deaf" to the first SIGTERM, "mute" speech.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, {"status": "ready"})
 
     def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v1/audio/transcriptions":
+            self._transcribe(body)
+            return
+        request = json.loads(body)
         if self.path == "/admin/prewarm":
             self._answer(200, {"status": "ok", "message": request["model"]})
             return
@@ -38,6 +42,14 @@ class Handler(BaseHTTPRequestHandler):
                 self._event({"error": {"message": "llama-server died", "type": "instance_failed"}})
                 return
         self.wfile.write(b"data: [DONE]\n\n")
+
+    def _transcribe(self, form: bytes) -> None:
+        known = [entry["name"] for entry in json.loads(Path("cookbook.yaml").read_text())["models"]]
+        binary = json.loads(Path("config.yaml").read_text())["whisper_cpp"]["binary_path"]
+        if FAULT == "mute":
+            self._answer(503, {"error": {"message": "whisper-server died", "type": "instance_failed"}})
+        else:
+            self._answer(200, {"text": f"{len(form)} bytes for {known[-1]} by {binary}"})
 
     def _event(self, event: object) -> None:
         self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,8 +15,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from mesh.cli import demo, demo_model
+from mesh.cli import demo, demo_model, demo_speech, whisper_setup
+from mesh.cli.failure import CliError
 from mesh.cli.main import run
+from mesh.cli.whisper_build import NotPossibleError
+from mesh.cli.whisper_setup import WhisperParts
+from tests.real_whisper import silence
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +57,7 @@ def test_streams_the_answer_and_says_how_fast(scripted_node: Path, capsys: pytes
     assert "7 tokens" in captured.out
     assert "it'\\''s why?" in captured.out
     assert "http://127.0.0.1:" in captured.err
+    assert "demo --transcribe" in captured.err.splitlines()[-1]
     assert _nothing_is_left(scripted_node)
 
 
@@ -61,6 +67,7 @@ def test_as_json(scripted_node: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert result["text"] == "Llamas carry [much].\n"
     assert result["tokens"] == 7
     assert result["first_token_s"] >= 0
+    assert "transcription" not in result
     assert _nothing_is_left(scripted_node)
 
 
@@ -91,6 +98,63 @@ def test_a_node_that_ignores_the_first_sigterm_is_stopped(scripted_node: Path, m
     assert _nothing_is_left(scripted_node)
 
 
+@pytest.fixture
+def speech(scripted_node: Path, monkeypatch: pytest.MonkeyPatch) -> WhisperParts:
+    """Stands in for the parts that would have to be fetched and compiled."""
+    parts = WhisperParts(Path("/cache/whisper-server"), Path("/cache/tiny.bin"), scripted_node / "it's.wav")
+    parts.speech.write_bytes(silence(3))
+    monkeypatch.setattr(whisper_setup, "ensure", lambda environ, console: parts)
+    return parts
+
+
+def test_the_second_step_transcribes(
+    scripted_node: Path, speech: WhisperParts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["demo", "--transcribe"]) == 0
+    captured = capsys.readouterr()
+    chat, _, heard = captured.out.partition("curl -N")
+    assert chat.startswith("Llamas carry [much].\n")
+    assert " bytes for whisper-tiny by /cache/whisper-server\n" in heard
+    assert "3 s of speech in " in heard
+    assert f"-F {shlex.quote(f'file=@{speech.speech}')}" in heard
+    assert "demo --transcribe" not in captured.err
+    assert _nothing_is_left(scripted_node)
+
+
+def test_the_second_step_as_json(scripted_node: Path, speech: WhisperParts, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--transcribe", "--json"]) == 0
+    heard = json.loads(capsys.readouterr().out)["transcription"]
+    assert (heard["model"], heard["speech_s"]) == (demo_speech.MODEL, 3.0)
+    assert " bytes for whisper-tiny" in heard["text"]
+
+
+def test_a_second_step_that_fails_is_a_failure(
+    scripted_node: Path, speech: WhisperParts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DEMO_FAULT", "mute")
+    assert run(["demo", "--transcribe"]) == 1
+    assert "whisper-server died" in capsys.readouterr().err
+    assert _nothing_is_left(scripted_node)
+
+
+@pytest.mark.parametrize("kind", [NotPossibleError, CliError], ids=["no compiler", "no network"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_a_second_step_that_cannot_be_prepared_is_left_out(
+    options: list[str], kind: type[CliError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ensure(environ: object, console: object) -> WhisperParts:
+        raise kind("there is no C++ compiler", fix="apt-get install [g++]")
+
+    monkeypatch.setattr(whisper_setup, "ensure", ensure)
+    assert run(["demo", "--transcribe", *options]) == 0
+    captured = capsys.readouterr()
+    assert "the transcription is left out: there is no C++ compiler\napt-get install [g++]\n" in captured.err
+    if options:
+        assert json.loads(captured.out)["transcription"] is None
+    else:
+        assert "tokens/s, first token after" in captured.out
+
+
 def test_overrides_of_the_user_do_not_reach_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMESH_AUTH__ENABLED", "true")
     monkeypatch.setenv("LLAMA_MESH_CACHE", "/kept")
@@ -102,9 +166,10 @@ def test_overrides_of_the_user_do_not_reach_the_demo(monkeypatch: pytest.MonkeyP
 _KEEP = """
 import sys
 from pathlib import Path
-from mesh.cli import demo, demo_model
+from mesh.cli import demo, demo_model, demo_speech, whisper_setup
 demo._command = lambda _: [sys.executable, sys.argv[1]]
 demo_model.ensure = lambda environ, console: Path("model.gguf")
+from mesh.cli.failure import CliError
 from mesh.cli.main import run
 sys.exit(run(["demo", "--keep"]))
 """
@@ -154,3 +219,24 @@ def test_the_real_demo(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(result["text"].split()) > 5
     assert 1 <= result["tokens"] <= 24
     assert result["tokens_per_s"] > 0
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_the_real_second_step() -> None:
+    try:
+        whisper_setup.ensure(os.environ, Console(stderr=True))
+    except NotPossibleError as error:
+        pytest.skip(error.message)
+    demo_model.ensure(os.environ, Console(stderr=True))
+    done = subprocess.run(
+        [sys.executable, "-m", "mesh", "demo", "--json", "--transcribe", "--max-tokens", "8"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    heard = json.loads(done.stdout)["transcription"]
+    assert whisper_setup.SPEECH_SAYS in heard["text"]
+    assert heard["speech_s"] == pytest.approx(11.0, abs=0.1)

@@ -32,6 +32,7 @@ def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixtu
         "prewarm",
         "unload",
         "logs",
+        "transcribe",
         "token",
         "keys",
         "join",
@@ -111,6 +112,8 @@ def test_the_help_of_fit_tells_its_shapes_and_its_exit_status(capsys: pytest.Cap
         (["prewarm", "m", "--timeout", "0"], "'0' is not a positive number of seconds"),
         (["prewarm", "m", "--timeout", "nan"], "'nan' is not a positive number of seconds"),
         (["prewarm", "m", "--timeout", "1m"], "'1m' is not a positive number of seconds"),
+        (["transcribe"], "FILE"),
+        (["transcribe", "f.wav", "--format", "docx"], "verbose_json"),
     ],
 )
 def test_wrong_usage_is_exit_2_and_points_to_help(

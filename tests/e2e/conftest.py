@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mesh.cli import demo_model
-from tests import tiny_models
+from mesh.cli import demo_model, whisper_setup
+from mesh.cli.whisper_build import NotPossibleError
+from mesh.cli.whisper_setup import WhisperParts
+from tests import tiny_models, tiny_whisper
 from tests.e2e.harness import Models, Node, cookbook, profile
 
 HERE = Path(__file__).parent
@@ -54,6 +56,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def smollm2() -> Path:
     """SmolLM2-135M out of the project's cache, fetched if it is not there (93 MB; ``make test`` does that first)."""
     return demo_model.ensure(os.environ, Console(stderr=True))
+
+
+@pytest.fixture(scope="session")
+def whisper_parts() -> WhisperParts:
+    """The real ones out of the cache, made if they are not there (85 MB, and 10 s of compiling)."""
+    try:
+        return whisper_setup.ensure(os.environ, Console(stderr=True))
+    except NotPossibleError as error:
+        pytest.skip(error.message)
+
+
+@pytest.fixture(scope="session")
+def tiny_speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that hears one sentence in every 30 s of whatever it gets."""
+    path = tmp_path_factory.mktemp("whisper") / "tiny.bin"
+    tiny_whisper.write_whisper(path)
+    return path
 
 
 @pytest.fixture
