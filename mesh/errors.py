@@ -175,6 +175,12 @@ class UpstreamError(MeshError):
     source = "instance"
 
 
+class UploadLostError(UpstreamError):
+    """An instance was lost that had got some of an upload which is kept by another node: that one may try again."""
+
+    type = "upload_lost"
+
+
 class EngineMissingError(InstanceError):
     """There is no llama-server to run. The message lists the ways to get one."""
 

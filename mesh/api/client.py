@@ -7,6 +7,7 @@ every way to close its other half's (client_socket.py). Nothing here knows insta
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +16,7 @@ from mesh.api.client_socket import NEVER, ClientSocket
 from mesh.api.exchange import Exchange
 from mesh.api.form_exchange import form_exchange, form_reader
 from mesh.api.form_reader import FormReader
+from mesh.api.form_stream import FormStream, form_stream
 from mesh.api.handoff import AppSession
 from mesh.api.http1 import RequestHead
 from mesh.api.request_reader import RequestReader, Stage
@@ -55,7 +57,7 @@ class ClientConnection(ClientSocket):
         self._reader = RequestReader(self, plane.limits)
         self._exchange: Exchange | None = None
         self._app: AppSession | None = None
-        self._form: FormReader | None = None  # while its body comes
+        self._form: FormReader | FormStream | None = None  # while its body comes
         self._since = 0.0  # of the request under way
         self._progress = 0  # of the body, when it was last looked at
         self._paused_since = 0.0
@@ -184,17 +186,32 @@ class ClientConnection(ClientSocket):
 
     # --- forms
 
-    def _form_complete(self, head: RequestHead, reader: FormReader) -> None:
+    def _form_here(self, head: RequestHead, form: FormReader | FormStream) -> None:
+        """All of it that is needed: start the exchange."""
         self._deadline = NEVER
         try:
-            exchange = form_exchange(self._plane, self, head, reader, self._request_id, self._since)
+            exchange = form_exchange(self._plane, self, head, form, self._request_id, self._since)
         except MeshError as error:
-            self.refused(error, in_step=True)
+            self.refused(error, in_step=self._form is None)
             return
         self._exchange = exchange
         if (forwarder := self._plane.forwarder) is not None:
-            exchange.trip = forwarder.trip(exchange, self.peer, head.mesh)
+            said = head.mesh
+            if said is not None and isinstance(form, FormStream):  # it can be sent only once: by nobody but us
+                said = replace(said, hops=forwarder.max_hops)
+            exchange.trip = forwarder.trip(exchange, self.peer, said)
         exchange.start()
+
+    def form_begins(self, stream: FormStream) -> None:
+        assert self._reader.head is not None
+        self._form_here(self._reader.head, stream)
+
+    def pause_form(self) -> None:
+        self.too_far_ahead()
+
+    def resume_form(self) -> None:
+        if self._reading_paused:
+            self._read_on()
 
     def _drop_form(self) -> None:
         form, self._form = self._form, None
@@ -203,10 +220,11 @@ class ClientConnection(ClientSocket):
 
     # --- requests for the app
 
-    def take(self, raw_head: bytes, head: RequestHead, length: int) -> AppSession | FormReader:
+    def take(self, raw_head: bytes, head: RequestHead, length: int) -> AppSession | FormReader | FormStream:
         """Let the app answer; this stays the transport's protocol and passes on the bytes of this request only."""
         if head.route is not None:
-            self._form = form_reader(head, length, self._plane.limits)
+            stream = None if self.peer is None else form_stream(head, length, self)
+            self._form = form_reader(head, length, self._plane.limits) if stream is None else stream
             return self._form
         self._plane.outbox.flush()  # the app writes to the transport itself
         app = self._plane.gateway.open(self._transport, head, length, self._plane.limits.body_bytes)
@@ -223,7 +241,8 @@ class ClientConnection(ClientSocket):
         form, self._form = self._form, None
         if form is not None:
             assert self._reader.head is not None
-            self._form_complete(self._reader.head, form)
+            if not (isinstance(form, FormStream) and form.begun):
+                self._form_here(self._reader.head, form)
             return
         if self._app is not None and self._app.responded:
             self._app_done()
@@ -239,7 +258,11 @@ class ClientConnection(ClientSocket):
         """The answer was written; go on with the next request."""
         self._exchange = None
         if not keep_alive or self._plane.ctx.draining:
-            self._close()
+            if self._form is None:
+                self._close()
+            else:  # answered before all of it came
+                self._drop_form()
+                self._linger()
             return
         self._since = 0.0
         self._deadline = now + self._plane.idle_timeout_s
@@ -251,7 +274,7 @@ class ClientConnection(ClientSocket):
         """Answer a request that was read to its end."""
         self._exchange = None
         head = self._reader.head
-        keep_alive = head is not None and head.keep_alive and not self._plane.ctx.draining
+        keep_alive = head is not None and head.keep_alive and self._form is None and not self._plane.ctx.draining
         self._write_error(error, keep_alive)
         self.answered(keep_alive, self._plane.now())
 
@@ -286,7 +309,10 @@ class ClientConnection(ClientSocket):
         if self.write_paused and now - self._paused_since > self._plane.idle_timeout_s:
             self._transport.abort()  # it does not read its answer
         elif self._exchange is not None:
-            self._exchange.check(now)
+            if self._form is not None and self._reading_paused and self._reset_unseen:
+                self._transport.abort()
+            else:
+                self._exchange.check(now)
         elif self._reader.stage is Stage.BODY and abs(self._reader.progress - self._progress) >= _DRIP_BYTES:
             self._progress = self._reader.progress  # the limit is on silence: a large body may take its time
             self._deadline = now + self._plane.body_timeout_s

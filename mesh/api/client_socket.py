@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mesh.api.request_reader import RequestReader
 from mesh.api.responses import raw_error
 from mesh.api.routes import Dialect
+from mesh.api.upstream import reset_on_close
 from mesh.core.node_state import PeerIdentity
 from mesh.errors import MeshError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 _LINGER_S = 2.0  # how long a client may go on sending what nobody will read, so that it gets to read the answer
-_RESET = struct.pack("ii", 1, 0)  # a plain close is a clean end to whoever was told no length
 
 
 class ClientSocket(asyncio.Protocol):
@@ -66,6 +65,12 @@ class ClientSocket(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
+    @property
+    def _reset_unseen(self) -> bool:
+        """Whether the other end is gone, which nobody tells of a connection that is not read."""
+        sock = self._transport.get_extra_info("socket")
+        return sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
+
     # --- the end
 
     def _write_error(self, error: MeshError, keep_alive: bool) -> None:
@@ -90,14 +95,15 @@ class ClientSocket(asyncio.Protocol):
         else:
             self._closing = True
             self._plane.outbox.flush()
-            if (sock := self._transport.get_extra_info("socket")) is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            reset_on_close(self._transport)  # a plain close is a clean end to whoever was told no length
             self._transport.abort()
 
     def _linger(self) -> None:
         """Close once the client stops sending: closing over unread bytes would reset the answer away."""
         self._plane.outbox.flush()
         self._reader.stop()
+        if self._reading_paused:
+            self._read_on()
         self._deadline = self._plane.now() + _LINGER_S
         if self._transport.can_write_eof() and not self._transport.is_closing():
             self._transport.write_eof()

@@ -10,6 +10,7 @@ as they came. A few objects, each with one duty; data flows down the list and ba
     ClientConnection (client.py)      one per client connection: turns, deadlines; refusing, closing: client_socket.py
       RequestReader                   its bytes cut into heads and bodies; sans-io (request_reader.py)
       FormReader (form_reader.py)     a form's body, parsed as it comes and spooled (spool.py)
+      FormStream (form_stream.py)     that of one from a peer, its file last: handed on as it comes
       Exchange (exchange.py)          one per request: admission, retries, lease, accounting; ends exactly once
         supervisor.submit             decides; calls ``admitted`` or ``refused``, perhaps at once
         FormExchange                  that of a form: adapted to its engine, both ways (form_exchange.py)
@@ -23,7 +24,8 @@ as they came. A few objects, each with one duty; data flows down the list and ba
   each pool, are recognised by two comparisons, their Content-Length digits left out (http1.py). The key is checked
   for every request, known head or not.
 - **A request is read whole before it is admitted**, under a limit and a deadline: the model's name may be its last key,
-  and a request that can be sent again needs its bytes. They are let go when an answer begins.
+  and a request that can be sent again needs its bytes. They are let go when an answer begins. Only the file of a large
+  form that another node passes on is not waited for: that node keeps it (form_stream.py).
 - **Large bodies are sent in pieces**, as fast as the other side takes them (sender.py); a form's is a view of a file.
 - **An answer is never held.** Each read from the instance is one write to the client, at the end of the same turn of
   the loop (outbox.py). A client that does not keep up pauses reading from its instance (``pause_writing`` and back).

@@ -67,7 +67,7 @@ class FormParser:
             "on_part_end": self._part_ends,
             "on_end": self._form_ends,
         }
-        self._parser = MultipartParser(_boundary(content_type), callbacks)  # type: ignore[arg-type]
+        self._parser = MultipartParser(boundary_of(content_type), callbacks)  # type: ignore[arg-type]
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes; raise ``RequestError`` if they are no form, or too much of one."""
@@ -86,6 +86,11 @@ class FormParser:
     @property
     def form(self) -> Form:
         return Form(tuple(self._fields), tuple(self._files))
+
+    @property
+    def ends_with_file(self) -> bool:
+        """Whether the last part is a file."""
+        return self._filename is not None
 
     # --- what the parser tells
 
@@ -154,7 +159,8 @@ def _text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("utf-8", "replace")
 
 
-def _boundary(content_type: str) -> bytes:
+def boundary_of(content_type: str) -> bytes:
+    """Return the boundary of the form that *content_type* announces; raise ``RequestError`` if it announces none."""
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data":
         got = content_type.partition(";")[0].strip()

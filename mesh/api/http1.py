@@ -59,7 +59,7 @@ _NOT_FOR_CHILDREN = _HOP_BY_HOP | {
 }
 _NOT_FOR_CLIENTS = _HOP_BY_HOP | {b"x-request-id"}
 _OURS = b"x-llama-mesh-"
-_HOPS, _MODEL, _WAIT, ERROR_FIELD = (_OURS + name for name in (b"hops", b"model", b"wait-ms", b"error"))
+_HOPS, _MODEL, _WAIT, _FORM, ERROR_FIELD = (_OURS + name for name in (b"hops", b"model", b"wait-ms", b"form", b"error"))
 _MAX_WAIT_DIGITS = 12
 
 
@@ -70,6 +70,7 @@ class MeshFields:
     hops: int = 0  #: how many nodes have passed it on
     model: str | None = None  #: the profile's key, whatever the body says
     wait_s: float | None = None  #: how long it may still wait for a place
+    before_bytes: int | None = None  #: of a form whose file stands last: how much stands before that
 
 
 @dataclass(slots=True, eq=False)
@@ -283,12 +284,14 @@ def _mesh_fields(fields: _Fields) -> MeshFields:
     hops = fields.all(_HOPS)
     if len(hops) > 1 or not hops[0].isdigit() or len(hops[0]) > 4:
         raise ProtocolError("Invalid X-Llama-Mesh-Hops header value")
-    model, wait = fields.first(_MODEL), fields.first(_WAIT)
+    model, wait, form = fields.first(_MODEL), fields.first(_WAIT), fields.first(_FORM)
     known_wait = wait is not None and wait.isdigit() and len(wait) <= _MAX_WAIT_DIGITS
+    known_form = form is not None and form.isdigit() and len(form) <= _MAX_WAIT_DIGITS
     return MeshFields(
         hops=int(hops[0]),
         model=None if model is None else unquote(model.decode("ascii", "replace")),
         wait_s=int(wait) / 1000 if wait is not None and known_wait else None,
+        before_bytes=int(form) if form is not None and known_form else None,
     )
 
 

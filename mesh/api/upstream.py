@@ -12,13 +12,15 @@ without an answer for 20 ms, perhaps for want of a thread, none is kept at all.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import Callable
 from typing import ClassVar, Protocol, cast
 
 from mesh.api.http1 import ResponseHead, parse_response
 from mesh.api.known_heads import read_known
 from mesh.api.responses import ProtocolError
-from mesh.api.sender import Body, BodySender
+from mesh.api.sender import Body, BodySender, StreamedBody, StreamSender
 from mesh.engine.lease import Endpoint, Target
 from mesh.errors import MeshError, UpstreamError
 from mesh.logs import Log
@@ -34,6 +36,13 @@ _STARVED_S = 0.02  # a new connection that gets no answer for so long may be wai
 _MAX_KNOWN_HEADS = 4
 _MAX_KNOWN_HEAD_BYTES = 4096
 _MAX_HEAD_BYTES = 65536
+_RESET = struct.pack("ii", 1, 0)
+
+
+def reset_on_close(transport: asyncio.BaseTransport) -> None:
+    """Let the other end see at once that *transport* was closed, and not as an end in order."""
+    if (sock := transport.get_extra_info("socket")) is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
 class Requester(Protocol):
@@ -62,7 +71,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.reused = False  # whether it has answered (anything); later the instance may just be closing it
         self.paused = False
         self.idle_since = 0.0
-        self._sender: BodySender | None = None  # of the latest large body
+        self._sender: BodySender | StreamSender | None = None  # of the latest large body
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
@@ -95,6 +104,8 @@ class UpstreamConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once, whatever is still to be sent; the instance then frees the slot. Nobody is told any more."""
+        if self._sender is not None and self.requester is not None and self.pool.of_peer:
+            reset_on_close(self.transport)  # a peer that does not read at the moment would not see it end
         self.requester = None
         self._stop_sending()
         self.pool.forget(self)
@@ -105,7 +116,9 @@ class UpstreamConnection(asyncio.Protocol):
     def send(self, head: bytes, body: Body) -> None:
         """Write *head*, then *body* as fast as the other end takes it."""
         self.transport.write(head)
-        self._sender = BodySender(self.transport, body)
+        self._sender = (
+            StreamSender(self.transport, body) if isinstance(body, StreamedBody) else BodySender(self.transport, body)
+        )
         self._sender.resume()
 
     @property

@@ -36,7 +36,10 @@ class Capability(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A form as an engine wants it. ``reply`` is what ``FormAdapter.answer`` needs of it; nobody else looks at it."""
+    """A form as an engine wants it. ``reply`` is what ``FormAdapter.answer`` needs of it; nobody else looks at it.
+
+    One part is a view, of the file as it came and of nothing else; so it can be sent before all of it is here.
+    """
 
     path: bytes
     content_type: bytes
@@ -62,7 +65,10 @@ class FormAdapter(Protocol):
     """Translates between OpenAI's forms and an engine's own. Pure."""
 
     def upload(self, path: str, form: Form, body: memoryview, profile: Profile) -> Upload:
-        """Return what to send for the *form* that is in *body* and came to *path*; raise ``RequestError``."""
+        """Return what to send for the *form* that is in *body* and came to *path*; raise ``RequestError``.
+
+        *body* may end early in its last part, a file, but not within the first ``audio_format.HEAD_BYTES`` of that.
+        """
 
     def answer(
         self, upload: Upload, status: int, content_type: str, body: bytes, log_tail: Sequence[str]

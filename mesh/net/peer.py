@@ -148,7 +148,7 @@ class Peer:
         self.stamp, self.updated_at = stamp, member.updated_at
         self.node_id = state.node_id
         self.profiles = {profile.key: profile for profile in state.profiles}
-        self._names = frozenset((p.key, p.id, p.aliases, p.kind, p.description) for p in state.profiles)
+        self._names = frozenset((p.key, p.id, p.aliases, p.kind, p.multimodal, p.description) for p in state.profiles)
         self._own_then = dict(self.forwards)
         self._said.clear()
         loading = {key for key, profile in self.profiles.items() if profile.loading}

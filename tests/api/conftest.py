@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 import uvloop
 
-_ON_BOTH_LOOPS = {"test_dataplane", "test_exchange", "test_form_exchange"}
+_ON_BOTH_LOOPS = {"test_dataplane", "test_exchange", "test_form_exchange", "test_form_stream"}
 
 
 def pytest_asyncio_loop_factories(

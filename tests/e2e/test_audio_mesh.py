@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -92,3 +94,28 @@ def test_a_client_that_leaves_is_noticed_by_both(pair: Pair) -> None:
     links = 2  # idle ones may stay
     assert pair.asked.open_files() <= files[0] + links
     assert pair.other.open_files() <= files[1] + links
+
+
+def test_the_file_is_kept_by_the_node_that_was_asked_only(pair: Pair) -> None:
+    assert pair.asked.ask("tiny", TWICE).status_code == 200
+    memory = pair.other.own_memory()
+    first, second = pair.asked.asking("tiny", LONG), pair.asked.asking("tiny", LONG)  # one is served, one waits
+    eventually(lambda: pair.other.said("tiny").count("processing '") == 2 and pair.other.waiting() == 1)
+    assert pair.asked.spooled_bytes() > 2 * len(LONG)
+    assert pair.other.spooled_bytes() == 0
+    assert pair.other.own_memory() < memory + 8 * MB
+    for asking in (first, second):
+        answer = asking.answer()
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-llama-mesh-node"] == "other"
+
+
+def test_a_child_that_is_killed_with_the_file_is_replaced(pair: Pair) -> None:
+    assert pair.asked.ask("tiny", TWICE).status_code == 200
+    asking = pair.asked.asking("tiny", LONG)
+    eventually(lambda: pair.other.said("tiny").count("processing '") == 2, what="it is at work")
+    (instance,) = pair.other.instances("tiny")
+    os.kill(instance["pid"], signal.SIGKILL)
+    answer = asking.answer()
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["text"]
