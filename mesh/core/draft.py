@@ -248,9 +248,14 @@ class Draft:
         return sorted(usable, key=lambda i: (i.ready_since, i.id))
 
     def evictable(self, key: str) -> list[InstanceView]:
-        """Return those that may go at once, least recently used first: idle, and not (or no longer) wanted."""
+        """Return those that may go at once, least recently used first: idle, and not (or no longer) wanted.
+
+        One that yields ends nobody's turn: who is idle for a moment, with requests waiting, is in use.
+        """
+        recipe = self.world.recipes.get(key)
+        turns_end = recipe is None or not recipe.yielding
         idle = [i for i in self.others(key) if i.state is State.READY and not i.active]
-        mine = [i for i in idle if i.key not in self.waiting or self.had_turn(i)]
+        mine = [i for i in idle if i.key not in self.waiting or (turns_end and self.had_turn(i))]
         return sorted(mine, key=lambda i: (i.idle_since, i.id))
 
     def tenured(self, key: str) -> list[InstanceView]:
