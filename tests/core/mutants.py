@@ -93,7 +93,11 @@ _VICTIMS = _in(
         "if i.state is State.READY and not i.active]\n        mine",
         "if i.state is State.READY]\n        mine",
     ),
-    ("a wanted victim", "mine = [i for i in idle if i.key not in self.waiting or self.had_turn(i)]", "mine = idle"),
+    (
+        "a wanted victim",
+        "mine = [i for i in idle if i.key not in self.waiting or (turns_end and self.had_turn(i))]",
+        "mine = idle",
+    ),
     ("a just loaded victim", "replaceable and not i.fresh and", "replaceable and"),
     ("a victim that could not be started again", "return replaceable and not", "return not"),
     ("a pinned victim", "i.state in LIVE and not i.pinned)\n        usable", "i.state in LIVE)\n        usable"),
