@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import time
 import wave
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class WhisperServer:
 @contextmanager
 def whisper_server(program: Path, model: Path, directory: Path, *args: str) -> Iterator[WhisperServer]:
     """Start it in *directory*, wait until it is ready, and end it."""
-    port, log = free_port(), directory / "whisper.log"
+    port, log = _unheld_port(), directory / "whisper.log"
     command = [str(program), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", "1", *args]
     environ = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with log.open("wb") as stderr:
@@ -57,6 +58,15 @@ def whisper_server(program: Path, model: Path, directory: Path, *args: str) -> I
     finally:
         process.kill()
         process.wait()
+
+
+def _unheld_port() -> int:
+    """Return a port that not even a closed connection holds: for whisper-server, without SO_REUSEADDR, it is taken."""
+    while True:
+        port = free_port()
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _wait_until_ready(server: WhisperServer) -> None:
