@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,10 +29,22 @@ def build(repository: Repository, tmp_path: Path) -> Build:
     """Configure and compile what is checked out, into *directory*."""
 
     def run(directory: Path = tmp_path / "build") -> Done:
-        _run("cmake", "-G", "Ninja", "-S", repository.path, "-B", directory)
-        return _run("cmake", "--build", directory, check=False)
+        _configure(repository.path, directory)
+        return _run(_tool("cmake"), "--build", directory, check=False)
 
     return run
+
+
+def _tool(name: str) -> str:
+    """Return cmake or ninja: the machine's, else the one of the ``dev`` extra."""
+    found = shutil.which(name, path=os.pathsep.join((os.environ["PATH"], os.path.dirname(sys.executable))))
+    assert found is not None, f"there is no {name}: make setup"
+    return found
+
+
+def _configure(source: Path, build: Path) -> Done:
+    """Have ninja build *source* in *build*."""
+    return _run(_tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-S", source, "-B", build)
 
 
 def _run(*args: str | Path, check: bool = True) -> Done:
@@ -58,8 +72,8 @@ def test_it_builds_from_a_worktree_of_a_clone(repository: Repository, tmp_path: 
     commit = repository.commit()
     git(tmp_path, "clone", "--quiet", "--no-checkout", repository.url, "clone")
     git(tmp_path / "clone", "worktree", "add", "--quiet", "--detach", str(tmp_path / "src"), commit)
-    _run("cmake", "-G", "Ninja", "-S", tmp_path / "src", "-B", tmp_path / "build")
-    _run("cmake", "--build", tmp_path / "build")
+    _configure(tmp_path / "src", tmp_path / "build")
+    _run(_tool("cmake"), "--build", tmp_path / "build")
     assert commit[:7] in _server(tmp_path, "--version").stdout
 
 
@@ -83,7 +97,17 @@ def test_a_broken_source_stops_the_compiler(repository: Repository, build: Build
 
 def test_a_configuration_fails_after_much_talk(repository: Repository, tmp_path: Path) -> None:
     repository.commit(configure_fails=True, chatter_lines=100)
-    done = _run("cmake", "-S", repository.path, "-B", tmp_path / "build", check=False)
+    done = _run(
+        _tool("cmake"),
+        f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+        "-G",
+        "Ninja",
+        "-S",
+        repository.path,
+        "-B",
+        tmp_path / "build",
+        check=False,
+    )
     assert done.returncode == 1
     assert "-- chatter 100\n" in done.stdout
     assert "configure fails as asked" in done.stdout
@@ -105,8 +129,8 @@ def test_the_binary_may_have_another_name(repository: Repository, build: Build, 
 
 def test_a_step_waits_until_it_may_go_on(repository: Repository, tmp_path: Path) -> None:
     repository.commit(wait_for=tmp_path / "go")
-    _run("cmake", "-G", "Ninja", "-S", repository.path, "-B", tmp_path / "build")
-    command = ["cmake", "--build", str(tmp_path / "build")]
+    _configure(repository.path, tmp_path / "build")
+    command = [_tool("cmake"), "--build", str(tmp_path / "build")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as compiling:
         waiting = _waiting_pid(tmp_path / "build", compiling)
         assert os.getpgid(waiting) != compiling.pid  # as all of ninja's jobs: killing cmake's group misses it
@@ -118,8 +142,8 @@ def test_a_step_waits_until_it_may_go_on(repository: Repository, tmp_path: Path)
 
 def test_a_step_that_sleeps_ends_with_ninja(repository: Repository, tmp_path: Path) -> None:
     repository.commit(sleep_s=600)
-    _run("cmake", "-G", "Ninja", "-S", repository.path, "-B", tmp_path / "build")
-    command = ["cmake", "--build", str(tmp_path / "build")]
+    _configure(repository.path, tmp_path / "build")
+    command = [_tool("cmake"), "--build", str(tmp_path / "build")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as compiling:
         sleeping = _waiting_pid(tmp_path / "build", compiling)
         os.killpg(compiling.pid, signal.SIGTERM)

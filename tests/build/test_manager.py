@@ -303,7 +303,8 @@ async def test_a_failure_is_told_with_everything(tmp_path: Path, project: Projec
         attempt = b.manager.rebuild(None)
         state = (await until(events, "ended")).data["attempt_state"]
         assert isinstance(state, dict)
-        assert (state["outcome"], state["exit_status"], len(state["log_tail"])) == ("failed", 1, 40)
+        assert (state["outcome"], len(state["log_tail"])) == ("failed", 40)
+        assert state["exit_status"] in (1, 3), "newer ninjas pass the status of the step on"
         status = b.manager.statuses()[0]
         assert status.current is None
         assert status.last == await b.manager.wait(attempt.id)
@@ -330,5 +331,5 @@ async def test_the_log_can_be_seen_by_who_comes_later(tmp_path: Path, project: P
         await pid_from(tmp_path / "fifo")
         current = b.manager.statuses()[0].current
         assert current is not None
-        assert "-- Generating done" in current.log_tail
+        assert any(line.startswith("-- Generating done") for line in current.log_tail)
         assert b.manager.summary().is_building

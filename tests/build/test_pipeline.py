@@ -89,9 +89,10 @@ async def test_a_failed_compilation_keeps_what_runs_and_shows_the_end_of_its_log
         good = await b.install()
         bad = project.commit(BROKEN)
         ended = await b.rebuild()
-        assert (ended.outcome, ended.exit_status, ended.stage) == (Outcome.FAILED, 1, Stage.COMPILING)
+        assert (ended.outcome, ended.stage) == (Outcome.FAILED, Stage.COMPILING)
+        assert ended.exit_status in (1, 3), "newer ninjas pass the status of the step on"
         assert ended.error is not None
-        assert ended.error.startswith("command failed (exit status: 1): ")
+        assert ended.error.startswith(f"command failed (exit status: {ended.exit_status}): ")
         assert "cmake --build" in ended.error
         assert len(ended.log_tail) == 40
         assert "line 60" in ended.log_tail
