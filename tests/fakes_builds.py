@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from mesh.build.status import (
-    DEFAULT_BUILD,
     Attempt,
     BuildEvent,
     BuildStatus,
@@ -22,6 +21,7 @@ from mesh.build.status import (
     Summary,
     Trigger,
 )
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.errors import BuildBusyError, MeshError, UnknownBuildError
 
 OLD, NEW = "a1b2c3d4e5f60718293a4b5c6d7e8f9001122334", "0f1e2d3c4b5a69788796a5b4c3d2e1f001122334"

@@ -20,7 +20,8 @@ from mesh.api.build_stream import BuildStream
 from mesh.api.context import BuildsView, NodeContext
 from mesh.api.elsewhere import here_or_there
 from mesh.api.request_scope import flag_of, text_of
-from mesh.build.status import DEFAULT_BUILD, Attempt, BuildStatus, Outcome, Summary
+from mesh.build.status import Attempt, BuildStatus, Outcome, Summary
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.errors import BuildBusyError, DrainingError, MeshError, RequestError, UnknownBuildError
 from mesh.logs import Log
 from mesh.metrics import Metrics

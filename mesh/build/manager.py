@@ -28,7 +28,6 @@ from mesh.build.running import Running
 from mesh.build.spec import BuildSpec
 from mesh.build.state import lock_path
 from mesh.build.status import (
-    DEFAULT_BUILD,
     Attempt,
     BuildStatus,
     BuiltVersion,
@@ -37,6 +36,7 @@ from mesh.build.status import (
     Summary,
     Trigger,
 )
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.core.build_policy import BOOT_DELAYS_S, SCHEDULED_DELAYS_S
 from mesh.errors import BuildBusyError, DrainingError, MeshError, UnknownBuildError
 from mesh.host.warden import Warden

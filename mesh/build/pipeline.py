@@ -23,8 +23,9 @@ from mesh.build.rejected import RejectedError
 from mesh.build.repository import Repository, Revision
 from mesh.build.spec import BuildSpec
 from mesh.build.state import State
-from mesh.build.status import DEFAULT_BUILD, Comparison, Outcome, Stage
+from mesh.build.status import Comparison, Outcome, Stage
 from mesh.build.threads import settled
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.core.build_policy import Hold, Installed, hold_reason
 from mesh.core.build_progress import is_transient, parse
 from mesh.errors import BuildError, MeshError

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-#: the name of the build that ``llama_cpp:`` describes
-DEFAULT_BUILD = "default"
-
 
 class Stage(StrEnum):
     """Where an attempt is, in this order; stages may be left out."""

@@ -78,9 +78,9 @@ class BuildTester:
             args=self._args,
             warden=self._warden,
         )
-        comparisons, notes = (tiny,), (*smoked.notes, *notes)
+        notes = (*smoked.notes, *notes)
         if spec.canary_profile is None or self._trials is None:
-            return comparisons, notes
+            return (tiny,), notes
         try:
             real, more = await compare_trial(
                 self._trials,
@@ -93,9 +93,9 @@ class BuildTester:
                 progress=progress,
             )
         except RejectedError as error:
-            error.comparisons = (*comparisons, *error.comparisons)
+            error.comparisons = (tiny, *error.comparisons)
             raise
-        return comparisons if real is None else (*comparisons, real), (*notes, *more)
+        return (tiny,) if real is None else (tiny, real), (*notes, *more)
 
 
 async def _ensure(model: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from mesh.build.status import DEFAULT_BUILD, Outcome
+from mesh.build.status import Outcome
 from mesh.cli.build_view import Attempt
 from mesh.cli.output import clock, duration, print_table, stderr_console
+from mesh.config.builds import DEFAULT_BUILD
 
 #: As long as git makes them for llama.cpp.
 _COMMIT_CHARACTERS: Final = 9

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.text import Text
 
-from mesh.build.status import DEFAULT_BUILD
 from mesh.cli import everywhere, node
 from mesh.cli.build_report import fix, headline, is_good, print_builds, print_speeds, print_tail, short
 from mesh.cli.build_view import Attempt, BuildView
 from mesh.cli.build_watch import follow, poll
 from mesh.cli.failure import FAILED, INTERRUPTED, OK, USAGE, CliError
 from mesh.cli.output import print_json, stderr_console, stdout_console
+from mesh.config.builds import DEFAULT_BUILD
 
 #: A rollback runs the old binary once; a node that asks another one waits for 120 s.
 _ROLLBACK_S = 150.0

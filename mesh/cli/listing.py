@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from mesh.build.status import DEFAULT_BUILD
 from mesh.cli import node
 from mesh.cli.bars import charged, print_memory
 from mesh.cli.failure import OK
 from mesh.cli.output import duration, print_json, print_table, stdout_console
+from mesh.config.builds import DEFAULT_BUILD
 from mesh.core.budget import INSTANCES
 
 

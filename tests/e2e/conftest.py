@@ -15,6 +15,7 @@ from mesh.cli import demo_model, whisper_setup
 from mesh.cli.whisper_build import NotPossibleError
 from mesh.cli.whisper_setup import WhisperParts
 from tests import tiny_models, tiny_whisper
+from tests.build_project import Repository, make_repository
 from tests.e2e.harness import Models, Node, cookbook, profile
 
 HERE = Path(__file__).parent
@@ -106,3 +107,9 @@ def family(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     )
     with Node(tmp_path_factory.mktemp("family"), text, {"default_model": "alpha"}) as node:
         yield node
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    """Where the stand-in for llama.cpp is developed."""
+    return make_repository(tmp_path / "llama.cpp")

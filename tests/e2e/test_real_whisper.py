@@ -6,7 +6,6 @@ A test of an oddity that fails after an update of whisper.cpp is good news: some
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,10 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from rich.console import Console
 
 from mesh.cli import whisper_setup
-from mesh.cli.whisper_build import NotPossibleError
 from mesh.cli.whisper_setup import WhisperParts
 from tests import tiny_whisper
 from tests.e2e.harness import eventually
@@ -28,31 +25,15 @@ from tests.real_whisper import WhisperServer, silence, whisper_server
 LINE = f" {tiny_whisper.SENTENCE}"
 
 
-@pytest.fixture(scope="module")
-def parts() -> WhisperParts:
-    """The real parts out of the cache, made if they are not there (85 MB and 10 s of compiling)."""
-    try:
-        return whisper_setup.ensure(os.environ, Console(stderr=True))
-    except NotPossibleError as error:
-        pytest.skip(error.message)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("whisper") / "tiny.bin"
-    tiny_whisper.write_whisper(path)
-    return path
-
-
 @pytest.fixture
-def tiny(parts: WhisperParts, tiny_model: Path, tmp_path: Path) -> Iterator[WhisperServer]:
-    with whisper_server(parts.server, tiny_model, tmp_path) as server:
+def tiny(whisper_parts: WhisperParts, tiny_speech: Path, tmp_path: Path) -> Iterator[WhisperServer]:
+    with whisper_server(whisper_parts.server, tiny_speech, tmp_path) as server:
         yield server
 
 
-def test_the_real_model_understands_speech(parts: WhisperParts, tmp_path: Path) -> None:
-    with whisper_server(parts.server, parts.model, tmp_path) as server:
-        answer = server.post(parts.speech.read_bytes())
+def test_the_real_model_understands_speech(whisper_parts: WhisperParts, tmp_path: Path) -> None:
+    with whisper_server(whisper_parts.server, whisper_parts.model, tmp_path) as server:
+        answer = server.post(whisper_parts.speech.read_bytes())
         assert answer.headers["content-type"] == "application/json"
         assert whisper_setup.SPEECH_SAYS in answer.json()["text"].replace("\n", "")
 
@@ -73,11 +54,13 @@ def test_the_tiny_model_says_its_sentence_in_all_formats(tiny: WhisperServer) ->
     assert [word["word"] for word in verbose["segments"][0]["words"]] == [f" {word}" for word in LINE.split()]
 
 
-def test_a_line_is_broken_in_the_middle_of_a_word_unless_told_not_to(parts: WhisperParts, tmp_path: Path) -> None:
+def test_a_line_is_broken_in_the_middle_of_a_word_unless_told_not_to(
+    whisper_parts: WhisperParts, tmp_path: Path
+) -> None:
     model = tmp_path / "model.bin"
     tiny_whisper.write_whisper(model, [b" " + b"x" * 40, b" transcript", b"ion" * 4, b" \xc3", b"\xa4"])
     whole = " " + "x" * 40 + " transcript" + "ion" * 4 + " ä\n"
-    with whisper_server(parts.server, model, tmp_path) as server:
+    with whisper_server(whisper_parts.server, model, tmp_path) as server:
         broken = server.post(silence(1)).json()["text"]
         assert broken == whole.replace(" transcript", " transcript\n")
         assert server.post(silence(1), max_len="100000").json()["text"] == whole
@@ -122,34 +105,39 @@ def test_an_unknown_language_is_taken_until_it_has_to_be_named(tiny: WhisperServ
     )
 
 
-def test_the_paths_of_openai_can_be_its_own(parts: WhisperParts, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_paths_of_openai_can_be_its_own(whisper_parts: WhisperParts, tiny_speech: Path, tmp_path: Path) -> None:
     args = ("--inference-path", "/v1/audio/transcriptions")
-    with whisper_server(parts.server, tiny_model, tmp_path, *args) as server:
+    with whisper_server(whisper_parts.server, tiny_speech, tmp_path, *args) as server:
         assert server.post(silence(1), "/v1/audio/transcriptions", model="whisper-1").json()["text"] == f"{LINE}\n"
         assert server.post(silence(1)).status_code == 404
 
 
-def test_a_prefix_goes_for_its_health_too(parts: WhisperParts, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_prefix_goes_for_its_health_too(whisper_parts: WhisperParts, tiny_speech: Path, tmp_path: Path) -> None:
     args = ("--request-path", "/base")
-    with pytest.raises(httpx.HTTPStatusError, match="404"), whisper_server(parts.server, tiny_model, tmp_path, *args):
+    with (
+        pytest.raises(httpx.HTTPStatusError, match="404"),
+        whisper_server(whisper_parts.server, tiny_speech, tmp_path, *args),
+    ):
         pass
 
 
 @pytest.mark.parametrize("args", [["--no-such-flag"], ["--port=1"], ["-l", "klingon"]], ids=" ".join)
-def test_what_it_does_not_know_is_a_success_of_its_own_kind(parts: WhisperParts, args: list[str]) -> None:
-    result = subprocess.run([parts.server, *args], capture_output=True, text=True, timeout=30, check=False)
+def test_what_it_does_not_know_is_a_success_of_its_own_kind(whisper_parts: WhisperParts, args: list[str]) -> None:
+    result = subprocess.run([whisper_parts.server, *args], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 0
     assert "error: unknown" in result.stderr
     assert "usage:" in result.stderr
 
 
-def test_a_missing_model_is_exit_status_3(parts: WhisperParts, tmp_path: Path) -> None:
-    result = subprocess.run([parts.server, "-m", tmp_path / "none"], capture_output=True, timeout=30, check=False)
+def test_a_missing_model_is_exit_status_3(whisper_parts: WhisperParts, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [whisper_parts.server, "-m", tmp_path / "none"], capture_output=True, timeout=30, check=False
+    )
     assert result.returncode == 3
 
 
-def test_two_can_share_a_port(tiny: WhisperServer, parts: WhisperParts, tiny_model: Path) -> None:
-    command = [str(parts.server), "-m", str(tiny_model), "--port", str(tiny.port)]
+def test_two_can_share_a_port(tiny: WhisperServer, whisper_parts: WhisperParts, tiny_speech: Path) -> None:
+    command = [str(whisper_parts.server), "-m", str(tiny_speech), "--port", str(tiny.port)]
     second = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: tiny.port in _listening_ports(second.pid))

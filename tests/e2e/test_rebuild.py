@@ -7,19 +7,11 @@ import os
 import threading
 from pathlib import Path
 
-import pytest
-
-from tests.build_project import Repository, make_repository
+from tests.build_project import Repository
 from tests.e2e import builds
 from tests.e2e.builds import build, ended, order, rebuild, refused, replaced
 from tests.e2e.conftest import StartNode
 from tests.e2e.harness import Models, Node, cookbook, eventually, profile
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    """Where llama.cpp is developed."""
-    return make_repository(tmp_path / "llama.cpp")
 
 
 class Traffic:

@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.build_project import Repository, make_repository, small_disk
+from tests.build_project import Repository, small_disk
 from tests.e2e import builds
 from tests.e2e.builds import build, ended, order, rebuild, replaced
 from tests.e2e.conftest import StartNode
 from tests.e2e.harness import Models, Node, cookbook, eventually, profile
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    """Where llama.cpp is developed."""
-    return make_repository(tmp_path / "llama.cpp")
 
 
 def assert_old_one_serves(node: Node, before: dict[str, Any], old: str) -> None:
