@@ -11,10 +11,10 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
 from mesh.api.context import BuildSubscription, NodeContext
+from mesh.api.live_response import LiveResponse, disconnected
 from mesh.build.status import BuildEvent
 from mesh.tasks import spawn
 
@@ -26,22 +26,20 @@ _PING: Final = b": ping\n\n"
 Snapshot = Callable[[], Mapping[str, Any]]
 
 
-class BuildStream(Response):
-    """The response itself: it must see the disconnect, which a generator inside StreamingResponse cannot."""
+class BuildStream(LiveResponse):
+    """See the module."""
 
     media_type = "text/event-stream"
 
     def __init__(self, ctx: NodeContext, build: str | None, snapshot: Snapshot, *, follow: bool) -> None:
         """*build* is the only one to tell of, None for all; without *follow* only the headers are sent."""
-        super().__init__(headers={"x-accel-buffering": "no", "cache-control": "no-store"})
-        del self.headers["content-length"]  # not known
+        super().__init__()
         self._ctx = ctx
         self._build = build
         self._snapshot = snapshot
         self._follow = follow
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def body_to(self, receive: Receive, send: Send) -> None:
         if self._follow:
             await self._stream(receive, send)
         else:
@@ -54,7 +52,7 @@ class BuildStream(Response):
         """
         subscription = None if self._ctx.builds is None else self._ctx.builds.subscribe()
         text = _event("snapshot", self._snapshot())
-        gone = spawn(_disconnected(receive), "build events: watch client")
+        gone = spawn(disconnected(receive), "build events: watch client")
         source = _Source(subscription)
         try:
             await _send(send, text)
@@ -149,8 +147,3 @@ def _event(kind: str, data: Mapping[str, Any], number: int | None = None) -> byt
 async def _send(send: Send, text: bytes) -> None:
     if text:
         await send({"type": "http.response.body", "body": text, "more_body": True})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -12,31 +12,29 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
 from mesh.api.context import LogRing, LogSubscription, NodeContext
+from mesh.api.live_response import LiveResponse, disconnected
 from mesh.tasks import spawn
 
 _LOOK_AGAIN_S: Final = 1.0  # for instances that started since, and for the node's shutdown
 _MAX_LINES_AHEAD: Final = 256  # beyond it the subscription's own bounded queue fills, and drops
 
 
-class LogStream(Response):
-    """The response itself: it must see the disconnect, which a generator inside StreamingResponse cannot."""
+class LogStream(LiveResponse):
+    """See the module."""
 
     media_type = "text/plain"
 
     def __init__(self, ctx: NodeContext, key: str, *, tail: int, follow: bool) -> None:
-        super().__init__(headers={"x-accel-buffering": "no", "cache-control": "no-store"})
-        del self.headers["content-length"]  # not known
+        super().__init__()
         self._ctx = ctx
         self._key = key
         self._tail = tail
         self._follow = follow
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def body_to(self, receive: Receive, send: Send) -> None:
         if self._follow:
             await self._stream(receive, send)
         else:
@@ -59,7 +57,7 @@ class LogStream(Response):
     async def _stream(self, receive: Receive, send: Send) -> None:
         """Send lines until the client leaves or the node drains."""
         followers = _Followers()
-        gone = spawn(_disconnected(receive), f"logs {self._key}: watch client")
+        gone = spawn(disconnected(receive), f"logs {self._key}: watch client")
         try:
             if not self._rings():
                 await _send_text(send, self._last_words())
@@ -146,8 +144,3 @@ def _block(name: str, lines: list[str], headed: bool) -> str:
 async def _send_text(send: Send, text: str) -> None:
     if text:
         await send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from mesh.api.live_response import disconnected
 from mesh.errors import BodyTimeoutError, BodyTooLargeError, RequestError
 from mesh.tasks import spawn
 
@@ -99,7 +100,7 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], n
     """
     # not mesh.tasks.spawn: a failure is raised here, so logging it as a background task's would tell it twice
     task = asyncio.get_running_loop().create_task(work, name=name)
-    gone = spawn(_disconnected(request), f"{name}: watch client")
+    gone = spawn(disconnected(request.receive), f"{name}: watch client")
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -109,8 +110,3 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T], n
         for pending in (task, gone):
             pending.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
