@@ -143,14 +143,18 @@ class Listener:
         for _ in range(_ACCEPTS_PER_WAKE):
             try:
                 sock, _ = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            except BlockingIOError:
+                self._out_of_room = (
+                    False  # nobody waits any more; a place that comes and goes is no end of the shortage
+                )
+                return False
+            except (InterruptedError, ConnectionAbortedError):
                 return False
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
                 self._pause(listening, error)
                 return False
-            self._out_of_room = False
             self._begin(sock)
         return True
 

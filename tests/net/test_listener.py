@@ -216,43 +216,69 @@ async def test_addresses_that_cannot_be_used() -> None:
         await Listener("no-such-host.invalid", 0, Echo, detect_timeout_s=1).start()
 
 
+class Full:
+    """A listening socket while the table of files is full: each accept takes what *answers* says, then it is as ever."""
+
+    def __init__(self, sock: socket.socket, answers: str) -> None:
+        self.sock = sock
+        self.answers = list(answers)  # x: no descriptor is left; o: one is
+
+    def accept(self) -> object:
+        if self.answers and self.answers.pop(0) == "x":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.sock.accept()
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sock, name)
+
+
+def fill(listener: Listener, answers: str) -> Full:
+    loop = asyncio.get_running_loop()
+    real = listener.sockets[0]
+    full = Full(real, answers)
+    loop.remove_reader(real)
+    listener.sockets[0] = cast(Any, full)
+    loop.add_reader(full.fileno(), listener._accept, cast(Any, full))
+    return full
+
+
 async def test_no_file_descriptor_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Accepting pauses instead of spinning, says so once, and goes on by itself."""
     monkeypatch.setattr("mesh.net.listener._ACCEPT_PAUSE_S", 0.02)
-
-    class Full:
-        """The listening socket while the table of files is full."""
-
-        def __init__(self, sock: socket.socket) -> None:
-            self.sock = sock
-            self.refusals = 0
-
-        def accept(self) -> object:
-            self.refusals += 1
-            if self.refusals <= 3:
-                raise OSError(errno.EMFILE, "Too many open files")
-            return self.sock.accept()
-
-        def fileno(self) -> int:
-            return self.sock.fileno()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.sock, name)
-
     async with listening() as listener:
-        loop = asyncio.get_running_loop()
-        real = listener.sockets[0]
-        full = Full(real)
-        loop.remove_reader(real)
-        listener.sockets[0] = cast(Any, full)
-        loop.add_reader(full.fileno(), listener._accept, cast(Any, full))
-        began = loop.time()
+        full = fill(listener, "xxx")
+        began = asyncio.get_running_loop().time()
         async with connected(listener) as (reader, writer):
             writer.write(REQUEST)
             assert await reader.readexactly(len(REQUEST)) == REQUEST
-        assert full.refusals >= 4
-        assert loop.time() - began > 3 * 0.02
+        assert not full.answers
+        assert asyncio.get_running_loop().time() - began > 3 * 0.02
         assert caplog.text.count("cannot accept connections") == 1
+
+
+async def test_a_shortage_ends_when_nobody_waits(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A descriptor that comes free and is gone with the next client is the same shortage: one line in the log."""
+    monkeypatch.setattr("mesh.net.listener._ACCEPT_PAUSE_S", 0.02)
+
+    async def two_clients(listener: Listener) -> None:
+        async with connected(listener) as first, connected(listener) as second:
+            for reader, writer in (first, second):
+                writer.write(REQUEST)
+                assert await reader.readexactly(len(REQUEST)) == REQUEST
+
+    async with listening() as listener:
+        full = fill(listener, "xxoxx")
+        await two_clients(listener)
+        assert not full.answers
+        assert caplog.text.count("cannot accept connections") == 1
+        full.answers = list("x")
+        await two_clients(listener)
+        assert caplog.text.count("cannot accept connections") == 2
 
 
 async def test_closing_leaves_nothing_behind() -> None:
