@@ -217,7 +217,7 @@ async def test_addresses_that_cannot_be_used() -> None:
 
 
 class Full:
-    """A listening socket while the table of files is full: each accept takes what *answers* says, then it is as ever."""
+    """A listening socket while the table of files is full: accepts end as *answers* says, and then as ever."""
 
     def __init__(self, sock: socket.socket, answers: str) -> None:
         self.sock = sock
