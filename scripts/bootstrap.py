@@ -84,7 +84,7 @@ def _build(venv: Path) -> None:
         _say(f"creating {venv} with Python {sys.version.split()[0]} ({sys.executable})")
         _create(venv)
     packages = sum("==" in line for line in LOCK.read_text().splitlines())
-    _say(f"installing {packages} packages from requirements.lock (about 150 MB the first time)")
+    _say(f"installing {packages} packages from requirements.lock (about 180 MB the first time)")
     _pip(venv, "install", "--require-hashes", "-r", str(LOCK))
     _say("installing llama-mesh itself, editable")
     _pip(venv, "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", str(ROOT))

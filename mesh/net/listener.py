@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
-import select
 import socket
 from collections.abc import Callable, Sequence
 
-from mesh.core.sniff import MAX_PREFIX, NEED_MORE, Protocol, sniff
+from mesh.core.sniff import Protocol
 from mesh.errors import ConfigError
 from mesh.logs import Log
+from mesh.net.sniffing import Sniffing
 from mesh.net.tls import ServerCertificate
 from mesh.tasks import spawn
 
@@ -30,8 +30,6 @@ _ACCEPT_PAUSE_S = 0.5  # when no file descriptor or memory is left
 _PLAIN_HTTP = {Protocol.HTTP1, Protocol.HTTP2}
 _FOR_CLIENTS = _PLAIN_HTTP | {Protocol.TLS}
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_FIRST_PEEK_S = 0.005  # between looks at a prefix that does not decide yet; doubles up to _LAST_PEEK_S
-_LAST_PEEK_S = 0.2
 _HAND_OVER_S = 0.1  # for what close finds on its way: a plain connection needs a turn or two of the loop
 
 _TLS_ONLY = b"This port speaks HTTPS only. Use https://, or set server_tls.allow_plain_http.\n"
@@ -75,7 +73,7 @@ class Listener:
         self._allow_plain_http = allow_plain_http or certificate is None
         self._detect_timeout_s = detect_timeout_s
         self._http_from_here_only = http_from_here_only
-        self._sniffing: set[_Sniffing] = set()
+        self._sniffing: set[Sniffing] = set()
         self._starting: set[asyncio.Task[None]] = set()  # connections whose transport is being made
         self._resume_timers: dict[socket.socket, asyncio.TimerHandle] = {}
         self._out_of_room = False
@@ -174,13 +172,13 @@ class Listener:
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sniffing = _Sniffing(sock, self._loop, self._detect_timeout_s, self._decided)
+        sniffing = Sniffing(sock, self._loop, self._detect_timeout_s, self._decided)
         self._sniffing.add(sniffing)
         sniffing.look()
 
     # --- handing over
 
-    def _decided(self, sniffing: _Sniffing, protocol: Protocol | None) -> None:
+    def _decided(self, sniffing: Sniffing, protocol: Protocol | None) -> None:
         """*protocol* is None if the connection said nothing that we know, in time."""
         self._sniffing.discard(sniffing)
         sock = sniffing.sock
@@ -254,73 +252,6 @@ class Listener:
         for task in tuple(self._starting):
             task.cancel()
         await asyncio.gather(*self._starting, return_exceptions=True)
-
-
-class _Sniffing:
-    """Peeks at one connection until its protocol is known or its time is over; then reports once."""
-
-    __slots__ = ("_deadline", "_decided", "_loop", "_peek_s", "_timer", "_watching", "sock")
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        loop: asyncio.AbstractEventLoop,
-        timeout_s: float,
-        decided: Callable[[_Sniffing, Protocol | None], None],
-    ) -> None:
-        self.sock = sock
-        self._loop = loop
-        self._deadline = loop.time() + timeout_s
-        self._decided = decided
-        self._peek_s = _FIRST_PEEK_S
-        self._timer: asyncio.TimerHandle | None = None
-        self._watching = False
-
-    def look(self) -> None:
-        """Peek; the first bytes are often there already."""
-        self.stop()
-        try:
-            prefix = self.sock.recv(MAX_PREFIX, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
-            self._wait()
-            return
-        except OSError:
-            self._decided(self, None)
-            return
-        verdict = sniff(prefix)
-        if isinstance(verdict, Protocol):
-            self._decided(self, verdict)
-        elif verdict is NEED_MORE and prefix and self._loop.time() < self._deadline and not _ended(self.sock):
-            # The socket stays readable while these bytes are unread, so waiting for that would spin.
-            self._timer = self._loop.call_later(self._peek_s, self.look)
-            self._peek_s = min(self._peek_s * 2, _LAST_PEEK_S)
-        else:
-            self._decided(self, None)
-
-    def _wait(self) -> None:
-        if self._loop.time() >= self._deadline:
-            self._decided(self, None)
-            return
-        self._watching = True
-        self._loop.add_reader(self.sock, self.look)
-        self._timer = self._loop.call_at(self._deadline, self.look)
-
-    def stop(self) -> None:
-        if self._watching:
-            self._watching = False
-            self._loop.remove_reader(self.sock)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-def _ended(sock: socket.socket) -> bool:
-    """Whether the client closed its side, behind bytes that are still unread; not known everywhere."""
-    if not hasattr(select, "POLLRDHUP"):  # macOS: it keeps its descriptor until the timeout
-        return False
-    poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    return bool(poll.poll(0))
 
 
 def has_ipv6() -> bool:
