@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, cast
 from mesh.api.body import requested_model, without_stream
 from mesh.api.client_socket import NEVER, ClientSocket
 from mesh.api.exchange import Exchange
-from mesh.api.form_exchange import form_exchange, form_reader
 from mesh.api.form_reader import FormReader
 from mesh.api.form_stream import FormStream, form_stream
+from mesh.api.forms import form_exchange, form_reader
 from mesh.api.handoff import AppSession
 from mesh.api.http1 import RequestHead
 from mesh.api.request_reader import RequestReader, Stage

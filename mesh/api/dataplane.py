@@ -9,7 +9,7 @@ as they came. A few objects, each with one duty; data flows down the list and ba
 
     ClientConnection (client.py)      one per client connection: turns, deadlines; refusing, closing: client_socket.py
       RequestReader                   its bytes cut into heads and bodies; sans-io (request_reader.py)
-      FormReader (form_reader.py)     a form's body, parsed as it comes and spooled (spool.py)
+      FormReader (form_reader.py)     a form's body, parsed as it comes and spooled (spool.py); whose it is: forms.py
       FormStream (form_stream.py)     that of one from a peer, its file last: handed on as it comes
       Exchange (exchange.py)          one per request: admission, retries, lease, accounting; ends exactly once
         supervisor.submit             decides; calls ``admitted`` or ``refused``, perhaps at once

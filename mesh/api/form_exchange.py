@@ -17,19 +17,17 @@ from typing import TYPE_CHECKING
 from mesh.api.collector import AnswerCollector
 from mesh.api.delivery import CRASH_NOTICE_S, Client, Phase
 from mesh.api.exchange import Exchange
-from mesh.api.form_reader import FormReader, ReceivedForm, boundary_of
+from mesh.api.form_reader import ReceivedForm, boundary_of
 from mesh.api.form_stream import FORM_FIELD, FormStream, file_last
 from mesh.api.http1 import RequestHead, ResponseHead, content_type
-from mesh.api.request_reader import Limits
 from mesh.api.responses import STATUS_LINES, internal_error
 from mesh.api.routes import Route
 from mesh.api.sender import ONE_PIECE_BYTES, Body, StreamedBody
 from mesh.api.upstream import Pool, UpstreamConnection
 from mesh.config.profile import Profile
 from mesh.engine.kind import Answer, FormAdapter, Upload
-from mesh.engine.kinds import kind_of
 from mesh.engine.lease import Endpoint
-from mesh.errors import BodyTimeoutError, MeshError, RequestError, UploadLostError, UpstreamError
+from mesh.errors import BodyTimeoutError, MeshError, UploadLostError, UpstreamError
 from mesh.logs import Log
 from mesh.metrics import ModelMetrics
 
@@ -40,54 +38,8 @@ if TYPE_CHECKING:
 _log = Log(__name__)
 
 
-def form_reader(head: RequestHead, length: int, limits: Limits) -> FormReader:
-    """Return who takes the form that *head* announces; raise ``RequestError`` if it announces none."""
-    if head.forward.lower().count(b"\r\ncontent-type:") > 1:
-        raise RequestError("the request has more than one Content-Type: who reads it further on may take another one")
-    return FormReader(
-        content_type(head),
-        None if head.chunked else length,
-        limit_bytes=limits.upload_bytes,
-        memory_bytes=limits.upload_memory_bytes,
-    )
-
-
-def form_exchange(
-    plane: DataPlane,
-    client: Client,
-    head: RequestHead,
-    form: FormReader | FormStream,
-    request_id: bytes,
-    since: float,
-) -> FormExchange:
-    """Return the exchange of a form that was read to its end, or to its file; raise ``MeshError`` if it is no use."""
-    received = form.received() if isinstance(form, FormStream) else form.finish()
-    try:
-        route: Route = head.route
-        profile, metrics = plane.find(_model(client, head, received), route)
-        adapter = kind_of(profile).adapter
-        upload = None
-        if adapter is not None and profile.max_instances:  # what only peers have is for them to judge
-            upload = _adapted(adapter, route, received, profile)
-        if isinstance(form, FormStream):
-            return StreamExchange(plane, client, head, profile, metrics, received, upload, request_id, since, form)
-        return FormExchange(plane, client, head, profile, metrics, received, upload, request_id, since)
-    except BaseException:
-        received.body.close()
-        raise
-
-
-def _model(client: Client, head: RequestHead, received: ReceivedForm) -> str | None:
-    """Return the model that is asked for, None for the default."""
-    if client.peer is not None and head.mesh is not None and head.mesh.model is not None:
-        return head.mesh.model
-    name = received.form.get("model")
-    if name == "":
-        raise RequestError("'model' must be a non-empty string", param="model")
-    return name
-
-
-def _adapted(adapter: FormAdapter, route: Route, received: ReceivedForm, profile: Profile) -> Upload:
+def adapted(adapter: FormAdapter, route: Route, received: ReceivedForm, profile: Profile) -> Upload:
+    """Return *received* as its engine wants it; raise ``MeshError``, whatever the adapter raises."""
     try:
         return adapter.upload(route.path, received.form, received.body.view, profile)
     except MeshError:
@@ -154,7 +106,7 @@ class FormExchange(Exchange):
     def _adapt(self, endpoint: Endpoint, adapter: FormAdapter) -> None:
         upload = self._upload
         if upload is None:  # it came to be served here only on its way
-            upload = self._upload = _adapted(adapter, self.route, self._received, endpoint.profile)
+            upload = self._upload = adapted(adapter, self.route, self._received, endpoint.profile)
         fields = b"POST %b HTTP/1.1\r\nContent-Type: %b\r\n" % (upload.path, upload.content_type)
         self.request = replace(self.request, forward=fields)
         self._take_body(upload)
