@@ -3,8 +3,11 @@
 
 LLAMA_MESH_VENV ?= .venv
 BIN := $(LLAMA_MESH_VENV)/bin
-# Passed on: make test ARGS="-k sniff", make demo ARGS="--prompt 'Tell me a joke'", make demo ARGS=--transcribe
+# Passed on: make test ARGS="-k sniff", make test ARGS="-n0 --pdb", make demo ARGS="--prompt 'Tell me a joke'", make demo
+# ARGS=--transcribe
 ARGS ?=
+# Most tests wait for processes and sockets. A file's tests stay together, for the nodes that they share.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 export LLAMA_MESH_VENV
 
 .DEFAULT_GOAL := help
@@ -20,7 +23,7 @@ demo: setup      ## fetch a small real model and stream its answer through llama
 	@$(BIN)/llama-mesh demo $(ARGS)
 
 test: lint model ## check the style, the types and the architecture, then run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-build: setup model ## build the real llama.cpp once (4 to 9 minutes, cached) and test with it
 	MESH_BUILD_REAL=1 $(BIN)/python -m pytest tests/build_real $(ARGS)

@@ -107,7 +107,7 @@ async def test_a_real_build_beside_a_real_one(tmp_path: Path) -> None:
 async def test_a_real_build_that_lost_half_of_its_prefill_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary, "TINY_ROUNDS", (4, 12))
+    monkeypatch.setattr(canary, "TINY_ROUNDS", (12,))  # among these, both have a quiet moment on a busy machine
     old, new = servers.real(tmp_path / "old"), servers.real(tmp_path / "new", "-b 2 -ub 2")  # hardly any batching
     with pytest.raises(RejectedError, match=r"too slow with 'tiny model' .*: prefill lost"):
         await tried(BuildTester(lambda: ENV), new, old, replace(spec_in(tmp_path), max_slowdown=0.2))
