@@ -34,7 +34,7 @@ END = b"0\r\n\r\n"
 
 def test_a_child_that_hangs_health_fails_its_load_only(tmp_path: Path) -> None:
     """The stall timer ends it; those who waited learn why, another model is served meanwhile (traps 19, 21, 22, 40)."""
-    models = {"hung": fake_profile(hang_health=True, startup_timeout_seconds=1), "good": fake_profile()}
+    models = {"hung": fake_profile(hang_health=True, startup_timeout_seconds=3), "good": fake_profile()}
     with fake_node(tmp_path, models) as node:
 
         async def scenario() -> tuple[float, list[int]]:
@@ -57,7 +57,7 @@ def test_a_child_that_hangs_health_fails_its_load_only(tmp_path: Path) -> None:
 
         served_s, statuses = asyncio.run(scenario())
         assert statuses == [503] * 5
-        assert served_s < 2
+        assert served_s < 3, "not only after the other had failed"
         eventually(lambda: len(node.instances()) == 1, what="the hung one is gone")
         assert_at_rest(node)
 

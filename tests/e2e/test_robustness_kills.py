@@ -285,7 +285,7 @@ def test_a_second_signal_kills_at_once(tmp_path: Path, first: signal.Signals, se
 
         took_s = asyncio.run(scenario())
         node._close_client()
-        assert took_s < 1.5
+        assert took_s < 4
         report(killed_after_s=took_s, gone_after_s=assert_no_orphan(node))
 
 
