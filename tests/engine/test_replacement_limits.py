@@ -56,18 +56,18 @@ async def test_a_look_that_an_install_overtook_says_nothing(monkeypatch: pytest.
     w = World(A)
     await served(w, A)
     await look(w)
-    old, installed = w.launcher.engine, threading.Event()
+    old, looked, installed = w.launcher.engine, threading.Event(), threading.Event()
 
     def slow(profile: Profile) -> EngineBinary:
         found = old(profile)
+        looked.set()
         installed.wait(10)
         return found
 
     with monkeypatch.context() as patch:
         patch.setattr(w.launcher, "engine", slow)
         looking = asyncio.create_task(w.sup.look_at_engines())
-        while threading.active_count() == 1:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        assert await asyncio.to_thread(looked.wait, 10)
     install(w)
     installed.set()
     await looking

@@ -16,8 +16,8 @@ from tests.multihost.lab import Lab
 from tests.multihost.nodes import MeshNode
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 16}
-LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 6000}
-PATIENT = "-t 1 -tb 1 -c 32768 -np 2 --no-warmup"
+LONG: dict[str, Any] = {"ignore_eos": True, "max_tokens": 30_000}  # 10 s at the least, when nobody leaves
+PATIENT = "-t 1 -tb 1 -c 65536 -np 2 --no-warmup"
 
 
 class Trio:
