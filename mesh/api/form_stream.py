@@ -22,6 +22,8 @@ from mesh.errors import RequestError
 FORM_FIELD: Final = b"X-Llama-Mesh-Form: %d\r\n"
 #: What may stand before the file: some copies of it are held in memory while the form waits for an instance.
 MAX_BEFORE_BYTES = 128 * 1024
+#: Tags (a picture of the cover) that a file may begin with: what it is stands behind them, and is looked at first.
+MAX_TAGS_BYTES = 1024 * 1024
 #: Smaller files are not worth it; they are sent in one piece with all the rest.
 MIN_FILE_BYTES = ONE_PIECE_BYTES
 
@@ -29,8 +31,8 @@ MIN_FILE_BYTES = ONE_PIECE_BYTES
 def file_last(form: Form, body: memoryview, boundary: bytes) -> tuple[bytes, memoryview, bytes] | None:
     """Return the *form* in *body* in three parts: what stands before its file, the file, the end.
 
-    None if it has not exactly one file, or that is small, or there is much else, or long tags (a picture of the cover)
-    hide what it is from whoever sees only its first bytes. Every part is as it came.
+    None if it has not exactly one file, or that is small, or there is much else, or its tags are so long that whoever
+    gets it would have to hold too much before he knows what it is. Every part is as it came.
     """
     if len(form.files) != 1:
         return None
@@ -38,7 +40,7 @@ def file_last(form: Form, body: memoryview, boundary: bytes) -> tuple[bytes, mem
     others = len(body) - (file.end - file.start)
     if others > MAX_BEFORE_BYTES or file.end - file.start <= MIN_FILE_BYTES:
         return None
-    if tags_bytes(body[file.start : file.end]) > HEAD_BYTES // 2:
+    if tags_bytes(body[file.start : file.end]) > MAX_TAGS_BYTES:
         return None
     before, after = bytes(body[: file.start]), bytes(body[file.end :])
     delimiter = b"\r\n--" + boundary
@@ -71,6 +73,7 @@ class FormStream:
         "_closed",
         "_content_type",
         "_end",
+        "_enough",
         "_file_bytes",
         "_left",
         "_owner",
@@ -90,6 +93,7 @@ class FormStream:
         self._content_type = kind
         self._end = _end(boundary)
         self._before_bytes = before_bytes
+        self._enough = before_bytes + HEAD_BYTES  # to judge it by, as far as is known
         self._file_bytes = self._to_come = length - before_bytes - len(self._end)
         self._left = length
         self._owner = owner
@@ -134,10 +138,17 @@ class FormStream:
             self._pass_on(self._sender, data)
             return
         self._buffer += data
-        enough = self._before_bytes + HEAD_BYTES
-        if not self.begun and not self.body_complete and len(self._buffer) >= enough:
+        if self.begun or len(self._buffer) < self._enough:
+            return
+        self._enough = self._before_bytes + self._tags_bytes() + HEAD_BYTES
+        if len(self._buffer) >= self._enough and not self.body_complete:
             self._owner.pause_form()
             self.begin()
+
+    def _tags_bytes(self) -> int:
+        """Return how long the tags at the file's start are, as far as can be seen. Those that are too long are cut."""
+        with memoryview(self._buffer) as seen:
+            return min(tags_bytes(seen[self._before_bytes :]), MAX_TAGS_BYTES)
 
     def begin(self) -> None:
         """Tell the owner; called by it if the whole body came at once."""
@@ -154,7 +165,7 @@ class FormStream:
             raise RequestError("malformed multipart form: its file is not where it was said to be")
         start = self._before_bytes
         file = replace(found.files[0], start=start, end=start + self._file_bytes)
-        known = bytes(self._buffer[: start + HEAD_BYTES])
+        known = bytes(self._buffer[: self._enough])
         return ReceivedForm(Form(found.fields, (file,)), SpooledBody(memoryview(known)))
 
     # --- to the instance

@@ -48,7 +48,7 @@ _log = Log(__name__)
 #: the time.
 _COMPARED = 16
 #: Refusals after an instance worked on it: that time was no waiting.
-_WORKED = frozenset({"upstream_error"})
+_WORKED = frozenset({"upstream_error", "processing_failed"})
 #: What peers say or leave unsaid: the last refusal counts for more than any of these.
 _OF_PEERS = (PeerRefusalError, PeerError, NoNodeError)
 _HERE = PeerKey(b"")  #: stands for this node among those that were asked

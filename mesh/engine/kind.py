@@ -1,7 +1,7 @@
 """What may differ from one kind of engine to another, as types. The kinds themselves: ``mesh.engine.kinds``.
 
-Each engine has one file (``llama.py``, ``whisper.py``) that fills in an ``EngineKind``; nothing else asks which engine
-a profile has. Data where data will do, a function where it will not.
+Each engine has one file (``llama.py``, ``whisper.py``) that fills in an ``EngineKind``; nothing else on this node asks
+which engine a profile has. Of other nodes' models it is told what they can do (``mesh.net.peers.engine_of``). Data where data will do, a function where it will not.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class FormAdapter(Protocol):
     def upload(self, path: str, form: Form, body: memoryview, profile: Profile) -> Upload:
         """Return what to send for the *form* that is in *body* and came to *path*; raise ``RequestError``.
 
-        *body* may end early in its last part, a file, but not within the first ``audio_format.HEAD_BYTES`` of that.
+        *body* may end early in its last part, a file, but not within the first ``audio_format.HEAD_BYTES`` of that, or
+        of what stands behind its tags.
         """
 
     def answer(

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from mesh.api import client as client_module
 from mesh.api import upstream as upstream_module
 from mesh.api.form_reader import FormParser, FormReader
-from mesh.api.form_stream import MAX_BEFORE_BYTES, MIN_FILE_BYTES, FormStream, file_last
+from mesh.api.form_stream import MAX_BEFORE_BYTES, MAX_TAGS_BYTES, MIN_FILE_BYTES, FormStream, file_last
 from mesh.api.sender import BodySender, StreamedBody, StreamSender
+from mesh.core.audio_format import HEAD_BYTES
 from mesh.errors import CapacityError, RequestError, UnsupportedAudioError
 from tests.api.forms import BOUNDARY, FakeAdapter, adapter, field, file, form, form_head, post_form, whisper
 from tests.api.loopback import post
@@ -478,6 +479,35 @@ def test_the_file_is_given_away_as_it_comes(step: int) -> None:
     assert transport.written == b"<" + content + b">"
     assert stream.body_complete
     assert owner.told == (["pause", "begins", "resume"] if step < len(body) else [])
+
+
+def tagged(tag_bytes: int, content: bytes) -> bytes:
+    """Return *content* behind an ID3 tag of *tag_bytes* in all, such as a picture of the cover makes."""
+    size = tag_bytes - 10
+    return b"ID3\x04\0\0" + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0)) + bytes(size) + content
+
+
+@pytest.mark.parametrize("step", [16384, 250_000, 10**9])
+@pytest.mark.parametrize(("tag_bytes", "seen_bytes"), [(300_000, 300_000), (MAX_TAGS_BYTES + 9, MAX_TAGS_BYTES)])
+def test_what_stands_behind_tags_is_waited_for(step: int, tag_bytes: int, seen_bytes: int) -> None:
+    """Whoever sends tags that are too long has not asked: of these so much is seen and no more."""
+    content, head = tagged(tag_bytes, noise(2 * MIN_FILE_BYTES)), form(file(b""))[: -len(BOUNDARY) - 8]
+    body = head + content + f"\r\n--{BOUNDARY}--\r\n".encode()
+    owner, at = _Owner(), 0
+    stream = FormStream(KIND, BOUNDARY.encode(), len(head), len(body), owner)
+    while not stream.begun and not stream.body_complete:
+        at = stream.feed(body[: at + step], at)
+    assert at >= seen_bytes + HEAD_BYTES
+    assert bytes(stream.received().body.view)[len(head) :] == content[: seen_bytes + HEAD_BYTES]
+    assert owner.told == (["pause", "begins"] if step < len(body) else [])
+
+
+def test_tags_that_are_too_long_stay_where_they_are() -> None:
+    for tag_bytes, moves in ((MAX_TAGS_BYTES, True), (MAX_TAGS_BYTES + 1, False)):
+        body = form(file(tagged(tag_bytes, noise(MIN_FILE_BYTES))))
+        parser = FormParser(KIND)
+        parser.feed(body)
+        assert (file_last(parser.form, memoryview(body), BOUNDARY.encode()) is not None) is moves
 
 
 def test_no_more_is_asked_for_than_the_instance_takes() -> None:

@@ -381,7 +381,10 @@ async def test_dials_do_not_go_on_beyond_the_wait() -> None:
     assert len(mesh.asked) == 2
 
 
-@pytest.mark.parametrize(("kind", "left_s"), [("upstream_error", 10.0), ("queue_timeout", 4.0), ("queue_full", 4.0)])
+@pytest.mark.parametrize(
+    ("kind", "left_s"),
+    [("upstream_error", 10.0), ("processing_failed", 10.0), ("queue_timeout", 4.0), ("queue_full", 4.0)],
+)
 async def test_the_time_an_instance_worked_on_it_is_not(kind: str, left_s: float) -> None:
     mesh = Mesh()
     mesh.knows(1, decode_tps=9999.0)
