@@ -22,6 +22,7 @@ from mesh.api.dataplane import DataPlane
 from mesh.api.forwarding import Forwarder
 from mesh.api.own_state import OwnState
 from mesh.api.placing import Placing
+from mesh.config.engines import max_wait_s
 from mesh.config.profile import Profile
 from mesh.config.settings import Settings
 from mesh.core import breaker
@@ -40,7 +41,7 @@ from mesh.net.keys import fingerprint, load_identity, looks_like_key, verify
 from mesh.net.link_client import LinkClient
 from mesh.net.links import Links
 from mesh.net.outreach import Outreach
-from mesh.net.peers import Peers, stand_in
+from mesh.net.peers import Peers, engine_of, stand_in
 from mesh.net.peers_file import read_peers
 from mesh.net.token import load_token, psk_of
 from mesh.net.trust import load_trust
@@ -317,7 +318,7 @@ def _stand_in(settings: Settings) -> Callable[[ProfileState], Profile]:
     defaults = settings.model_defaults
     return lambda state: stand_in(
         state,
-        max_wait_s=defaults.max_wait_in_queue_ms / 1000 or None,
+        max_wait_s=max_wait_s(engine_of(state), defaults.max_wait_in_queue_ms),
         max_request_s=defaults.max_request_duration_ms / 1000 or None,
         max_queue=defaults.max_queue_size_per_model,
     )

@@ -14,6 +14,7 @@ import uvloop
 
 import mesh.member
 from mesh.config.profile import Profile
+from mesh.config.settings import ModelDefaults, Settings
 from mesh.core.gossip_record import MAX_PAYLOAD_BYTES
 from mesh.core.lifecycle import State
 from mesh.core.node_state import PeerIdentity
@@ -25,7 +26,7 @@ from mesh.net.discovery import Discovery
 from mesh.net.keys import key_text
 from tests.api.node import SLASHED, SMOL
 from tests.fakes_supervisor import FakeInstance
-from tests.members import key_of
+from tests.members import key_of, profile
 from tests.net.outreach_members import AN_HOUR_S, MemberNode, Nodes, know_each_other, nodes_in, timers, until
 
 TOKEN = "a token for tests"
@@ -506,3 +507,11 @@ async def test_a_copied_key_is_reported_once(nodes: Nodes, caplog: pytest.LogCap
     assert len(told(caplog, "another process uses")) == 2
     assert c.sees(a).alive
     assert not told(caplog, "background task")
+
+
+@pytest.mark.parametrize(("kind", "wait_s"), [("text", 60.0), ("audio", 600.0)])
+def test_what_only_others_have_is_waited_for_as_long_as_there(kind: str, wait_s: float) -> None:
+    stand_in = mesh.member._stand_in(Settings())
+    assert stand_in(profile(kind=kind)).max_wait_s == wait_s
+    chosen = mesh.member._stand_in(Settings(model_defaults=ModelDefaults(max_wait_in_queue_ms=5)))
+    assert chosen(profile(kind=kind)).max_wait_s == 0.005

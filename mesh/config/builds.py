@@ -26,10 +26,11 @@ class _BuildKeys(Section):
     )
     branch: Line = key("master", "Branch, tag or commit to build")
     build_args: tuple[Text, ...] = key(
-        ("-DGGML_CUDA=ON", "-DGGML_CUDA_FA_ALL_QUANTS=ON"), "Arguments of cmake when it configures"
+        ("-DGGML_CUDA=ON", "-DGGML_CUDA_FA_ALL_QUANTS=ON"),
+        "Arguments of cmake when it configures; [] = for the CPU only",
     )
     build_command_args: tuple[Text, ...] = key((), "Arguments of cmake --build")
-    auto_update_interval_seconds: Seconds = key(0.0, "How often to fetch and rebuild; 0 = never")
+    auto_update_interval_seconds: Seconds = key(0.0, "How often to fetch and rebuild; 0 = at the node's start only")
     enabled: bool = key(True, "Whether builds from repo_url are made")
     keep_builds: Count = key(3, "Old builds that stay on disk, beside the one in use")
     max_slowdown: Share = key(

@@ -16,7 +16,7 @@ from typing import TypeVar
 from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.cookbook_file import CookbookFile, Inheritable, ModelEntry, ProfileEntry
 from mesh.config.diagnostics import ConfigErrors, Diagnostic, KeyPath, Problem, dotted, suggestion
-from mesh.config.engines import keys_of, wrong_with_file
+from mesh.config.engines import keys_of, max_wait_s, wrong_with_file
 from mesh.config.llama_args import (
     ADDRESS_FLAGS,
     CONTEXT_FLAGS,
@@ -122,7 +122,6 @@ def _profile(entry: Entry, common: Inheritable, settings: Settings) -> Profile:
     keys = keys_of(engine)  # what is meant for one program says nothing to another: else it would restart it
     shared = common.llama_server_args if engine is (common.engine or Engine.LLAMA) else None
     args = _first(own.llama_server_args, shared, otherwise=())
-    wait_ms = _first(own.max_wait_in_queue_ms, common.max_wait_in_queue_ms, otherwise=limits.max_wait_in_queue_ms)
     request_ms = _first(
         own.max_request_duration_ms, common.max_request_duration_ms, otherwise=limits.max_request_duration_ms
     )
@@ -153,7 +152,9 @@ def _profile(entry: Entry, common: Inheritable, settings: Settings) -> Profile:
             otherwise=limits.max_concurrent_requests_per_instance,
         ),
         max_queue=_first(own.max_queue_size, common.max_queue_size, otherwise=limits.max_queue_size_per_model),
-        max_wait_s=wait_ms / 1000 or None,
+        max_wait_s=max_wait_s(
+            engine, own.max_wait_in_queue_ms, common.max_wait_in_queue_ms, limits.max_wait_in_queue_ms
+        ),
         max_request_s=request_ms / 1000 or None,
         min_tenure_s=_first(
             own.min_eviction_tenure_secs, common.min_eviction_tenure_secs, otherwise=limits.min_eviction_tenure_secs

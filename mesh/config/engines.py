@@ -31,6 +31,7 @@ class EngineKeys:
     has_builds: bool = False  #: engine_build is for it
     converts: bool = False  #: convert is for it
     one_request: bool = False  #: it does one at a time
+    max_wait_ms: int = 60_000  #: how long a request may wait for it where nobody said
 
 
 def _with_model(
@@ -52,7 +53,14 @@ ENGINES: Final[Mapping[Engine, EngineKeys]] = {
         has_builds=True,
     ),
     Engine.WHISPER: EngineKeys(
-        "whisper-server", b"lmgg", "ggml whisper", MODEL_FLAGS, _with_model, converts=True, one_request=True
+        "whisper-server",
+        b"lmgg",
+        "ggml whisper",
+        MODEL_FLAGS,
+        _with_model,
+        converts=True,
+        one_request=True,
+        max_wait_ms=600_000,  # a file takes as long as a whole queue of chats, and it is one after the other
     ),
 }
 
@@ -60,6 +68,12 @@ ENGINES: Final[Mapping[Engine, EngineKeys]] = {
 def keys_of(engine: Engine) -> EngineKeys:
     """Return what the keys mean for *engine*."""
     return ENGINES[engine]
+
+
+def max_wait_s(engine: Engine, *chosen_ms: int | None) -> float | None:
+    """Return how long a request may wait for *engine*: the first of *chosen_ms* that was given; None = for ever."""
+    wait_ms = next((ms for ms in chosen_ms if ms is not None), keys_of(engine).max_wait_ms)
+    return wait_ms / 1000 or None
 
 
 def engine_of_file(magic: bytes) -> Engine | None:

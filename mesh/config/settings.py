@@ -87,7 +87,9 @@ class ModelDefaults(Section):
     )
     max_queue_size_per_model: Count = _key(1024, "Waiting requests per profile, more get 503; 0 = unlimited")
     max_instances_per_model: Count = _key(1, "Instances per profile on this node; 0 counts as 1")
-    max_wait_in_queue_ms: Milliseconds = _key(60_000, "Longest wait for a place, loading included; 0 = for ever")
+    max_wait_in_queue_ms: Milliseconds | None = _key(
+        None, "Longest wait for a place, loading included; null = 60 s, for whisper-server 10m; 0 = for ever"
+    )
     max_request_duration_ms: Milliseconds = _key(0, "Longest whole request; 0 = unlimited")
     min_eviction_tenure_secs: Seconds = _key(
         15.0, "How long a busy instance is left alone while others wait for its memory; 0 = not at all"

@@ -192,6 +192,11 @@ def _in_order(peers: Iterable[Peer]) -> tuple[Peer, ...]:
     return tuple(sorted(peers, key=lambda peer: (peer.node_id, peer.key)))
 
 
+def engine_of(state: ProfileState) -> Engine:
+    """Return which kind of engine runs it elsewhere: nodes tell what it can do."""
+    return Engine.WHISPER if state.kind == Kind.AUDIO else Engine.LLAMA
+
+
 def stand_in(state: ProfileState, *, max_wait_s: float | None, max_request_s: float | None, max_queue: int) -> Profile:
     """Return a profile for what only others have: never started here, with this node's default limits."""
     model, _, profile = state.key.partition(":")
@@ -204,7 +209,7 @@ def stand_in(state: ProfileState, *, max_wait_s: float | None, max_request_s: fl
         model=model,
         profile=profile or "default",
         args=flags,
-        engine=Engine.WHISPER if state.kind == Kind.AUDIO else Engine.LLAMA,
+        engine=engine_of(state),
         aliases=state.aliases,
         description=state.description or None,
         max_instances=0,

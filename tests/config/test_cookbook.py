@@ -444,3 +444,13 @@ def test_a_catalog_is_unambiguous_or_refused(models: list[dict[str, object]]) ->
         assert catalog.names[profile.key] is profile
         assert catalog.resolve(profile.id.upper()) is profile
         assert all(catalog.names[alias.lower()] is profile for alias in profile.aliases)
+
+
+def test_speech_may_wait_longer_unless_somebody_said(files: Files) -> None:
+    """One file after the other, minutes each: what is enough for chats is not for ten files."""
+    speech, config = "engine: whisper, model_path: /m", "model_defaults: {max_wait_in_queue_ms: 2000}"
+    assert only(files, speech).max_wait_s == 600
+    assert only(files, speech, config="model_defaults: {max_wait_in_queue_ms: null}").max_wait_s == 600
+    assert only(files, speech, config=config).max_wait_s == 2
+    assert only(files, speech, defaults="defaults: {max_wait_in_queue_ms: 0}").max_wait_s is None
+    assert only(files, f"{speech}, max_wait_in_queue_ms: 5").max_wait_s == 0.005
