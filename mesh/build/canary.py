@@ -7,28 +7,25 @@ again, with more rounds, before it counts (``mesh.core.canary`` says what they a
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field, replace
-from math import inf
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
+from mesh.build.measuring import measure
 from mesh.build.rejected import RejectedError
 from mesh.build.server_under_test import (
     GPUS_HIDDEN,
     Connection,
-    Line,
     ServerFailedError,
     ServerUnderTest,
-    data_of,
 )
 from mesh.build.smoke import CPU_NOTE, rejected
 from mesh.build.status import Comparison, Speed
-from mesh.core.canary import Verdict, judge, rounds_order
+from mesh.core.canary import Change, Verdict, judge, rounds_order
 from mesh.core.exits import Cause, classify
-from mesh.errors import EngineMissingError, InstanceError, MeshError
+from mesh.errors import BuildError, EngineMissingError, InstanceError, MeshError
 from mesh.host.warden import Warden
 
 TINY_MODEL: Final = "tiny model"
@@ -47,12 +44,6 @@ _TEXT: Final = "The quick brown fox jumps over the lazy dog while 12 bright llam
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]  #: rounds done, and of how many
-
-
-class Asked(Protocol):
-    """A server to ask: ``ServerUnderTest`` or ``Connection``."""
-
-    async def post(self, path: str, body: Mapping[str, Any], limit_s: float) -> list[Line]: ...
 
 
 class Served(Protocol):
@@ -234,24 +225,37 @@ async def compare_trial(
     Without an old build (not *has_old*) it need only run: what serves until now is of another kind, perhaps the
     embedded engine. *old* is what to compare with if the profile usually runs another build than the one that is made.
 
-    Raise ``RejectedError`` if *new* does not run a model that runs now, or is too slow.
+    Raise ``RejectedError`` if *new* does not run a model that runs now, or is too slow; another ``BuildError`` if it
+    was too slow, and cannot be measured again now: it must not come into use, and another time it may prove itself.
     """
-    rounds = _Rounds()
-    for number, count in enumerate(TRIAL_ROUNDS):
+    rounds, lost = _Rounds(), tuple[Change, ...]()
+    for count in TRIAL_ROUNDS:
         first = "with the llama-server in use, then " if has_old else ""
         say(f"{profile}: {count} rounds {first}with the new one")
         progress(len(rounds.new), len(rounds.new) + count)
         try:
             problem = await _trial_round(trials, profile, new, rounds, count, old=old, has_old=has_old)
+            if lost and problem is not None:
+                raise _UnavailableError(f"the llama-server in use failed: {problem}")
         except _UnavailableError as error:
-            what = "could not be compared" if number == 0 else "was slower, but could not be measured again"
-            say(f"{profile} {what}: {error}")
-            return None, (f"{profile} {what}: {error}",)
+            if lost:
+                raise _undecided(profile, lost, max_slowdown, error) from error
+            say(note := f"{profile} could not be compared: {error}")
+            return None, (note,)
         progress(len(rounds.new), len(rounds.new))
-        if not rounds.old or rounds.judge(max_slowdown).accepted:
+        if not rounds.old or not (lost := rounds.judge(max_slowdown).too_slow):
             break
     notes = () if problem is None else (f"{profile}: nothing to compare with: {problem}",)
     return rounds.concluded(profile, max_slowdown, say), notes
+
+
+def _undecided(profile: str, lost: Sequence[Change], max_slowdown: float, why: _UnavailableError) -> BuildError:
+    """Return the error for a loss that may be the machine's: nobody remembers it against the commit."""
+    changes = "; ".join(map(str, lost))
+    return BuildError(
+        f"the new llama-server was too slow with '{profile}', and could not be measured again ({why}): {changes}. "
+        f"It is not put in force before it was; max_slowdown is {max_slowdown:g}"
+    )
 
 
 class _UnavailableError(Exception):
@@ -306,38 +310,6 @@ async def _lent(trials: Trials, profile: str, binary: Path | None, count: int) -
 
 
 # -- one round
-
-
-async def measure(server: Asked, prompt: str, tokens: int, limit_s: float) -> Speed:
-    """Return how fast *server* reads *prompt* and writes *tokens* tokens. Raise ``ServerFailedError``."""
-    began = asyncio.get_running_loop().time()
-    body = {"prompt": prompt, "n_predict": tokens, "ignore_eos": True, "cache_prompt": False, "temperature": 0}
-    lines = await server.post("/completion", {**body, "stream": True}, limit_s)
-    speed = speed_of(list(data_of(lines)), began, len(prompt))
-    if speed is None:
-        last = lines[-1].text[:200] if lines else "nothing"
-        raise ServerFailedError(f"the answer of POST /completion cannot be measured; it ends with {last}")
-    return speed
-
-
-def speed_of(events: Sequence[Line], began: float, prompt_tokens: int) -> Speed | None:
-    """Return the speed that a streamed answer tells in its ``timings``, else that of the clock; None if neither.
-
-    By the clock *prompt_tokens* were read between *began* and the first event, and each event is a token.
-    """
-    try:
-        decoded = [(event.at, json.loads(event.text)) for event in events if event.text != "[DONE]"]
-        timings = decoded[-1][1].get("timings") or {}
-    except (ValueError, LookupError, AttributeError):
-        return None
-    told = [timings.get(key) for key in ("prompt_per_second", "predicted_per_second")]
-    rates = [float(rate) for rate in told if isinstance(rate, int | float) and 0 < rate < inf]
-    if len(rates) == 2:
-        return Speed(*rates)
-    times = [at for at, event in decoded if event.get("content")]
-    if len(times) < 2 or not began < times[0] < times[-1]:
-        return None
-    return Speed(prompt_tokens / (times[0] - began), (len(times) - 1) / (times[-1] - times[0]))
 
 
 async def _tiny_round(server: ServerUnderTest, number: int) -> Speed:

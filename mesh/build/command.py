@@ -16,15 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mesh.build import child
 from mesh.core.build_progress import is_transient
 from mesh.errors import BuildError, InstanceError
 from mesh.host.logring import LogRing
 from mesh.host.process import Process
 from mesh.host.warden import Warden
+from mesh.logs import Log
 from mesh.tasks import spawn
 
 #: how long SIGTERM may take before SIGKILL
 TERM_GRACE_S = 5.0
+#: how long SIGKILL may take: one that waits for a disk in the kernel is ended by nobody, and must not hold up the node
+KILL_LIMIT_S = 10.0
 #: llamesh's: so much of the output goes into an error
 TAIL_LINES = 40
 MAX_LINE_CHARACTERS = 400
@@ -47,9 +51,15 @@ _URL_PASSWORD = re.compile(r"""(?<=://)(?:[^/@\s:]*:[^\s"'<>]*@|[^/@\s]+@)""")
 _SECRET = r"token|passw|secret|key|auth|credential|signature"
 _URL_SECRET = re.compile(rf"([?&][^=&\s]*(?:{_SECRET})[^=&\s]*=)[^&#\s\"'<>]+", re.IGNORECASE)
 
+_log = Log(__name__)
+
 
 class CommandError(BuildError):
     """A command ended with another status than 0."""
+
+
+class HangsError(BuildError):
+    """A command said nothing for too long, or took too long, and was ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +90,8 @@ class _LineRing(LogRing):
 async def run(command: Command, around: Surroundings, say: Callable[[str], None]) -> None:
     """Run *command* to its end and *say* each line of its output.
 
-    Raise ``CommandError`` with exit status and the last lines if it fails, ``BuildError`` if it cannot be started or
-    hangs. When cancelled, return only after the whole process group is gone.
+    Raise ``CommandError`` with exit status and the last lines if it fails, ``HangsError`` if it hangs, ``BuildError``
+    if it cannot be started. When cancelled, return only after the whole process group is gone, or cannot be killed.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
@@ -89,15 +99,7 @@ async def run(command: Command, around: Surroundings, say: Callable[[str], None]
     env = {name: value for name, value in around.environ().items() if name not in _MISLEADING} | dict(command.extra_env)
     argv = _niced(command.argv, env) if command.nice else command.argv
     try:
-        process = Process.start(
-            argv,
-            env=env,
-            cwd=command.cwd,
-            on_exit=ended.set_result,
-            ring=ring,
-            warden=around.warden,
-            whole_session=True,  # ninja gives each compiler a process group of its own
-        )
+        process = child.start(argv, env=env, cwd=command.cwd, on_exit=ended.set_result, ring=ring, warden=around.warden)
     except InstanceError as error:
         raise BuildError(error.message) from error
     tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -108,12 +110,13 @@ async def run(command: Command, around: Surroundings, say: Callable[[str], None]
                 if not is_transient(line):
                     tail.append(line)
                 say(line)
-        status = ended.result()  # the ring is closed in the same moment
+        status = ended.result() if ended.done() else None  # the ring is closed when it ends, or cannot be killed
     finally:
         watch.cancel()
         await stop(process, ended)
     if watch.done() and not watch.cancelled() and (why := watch.result()):
-        raise BuildError(f"{shown(command.argv)} {why}", exit_status=status, log_tail=tuple(tail))
+        raise HangsError(f"{shown(command.argv)} {why}", exit_status=status, log_tail=tuple(tail))
+    assert status is not None, "only the watch closes the ring before the end"
     if status != 0:
         raise CommandError(failure_text(command.argv, status), exit_status=status, log_tail=tuple(tail))
 
@@ -132,19 +135,25 @@ async def _watch(process: Process, command: Command) -> str:
             continue
         process.signal_group(signal.SIGTERM)
         loop.call_later(TERM_GRACE_S, process.signal_group, signal.SIGKILL)
+        loop.call_later(TERM_GRACE_S + KILL_LIMIT_S, process.ring.close)  # nobody waits any longer
         silent = over_at == quiet_until
         return f"said nothing for {command.max_silence_s:g} s" if silent else f"took more than {command.limit_s:g} s"
 
 
 async def stop(process: Process, ended: asyncio.Future[int]) -> None:
-    """End the process group, kindly at first, and wait until it is gone. Nothing is done if it ended already."""
+    """End the process group, kindly at first, and wait until it is gone. Nothing is done if it ended already.
+
+    What cannot be killed is left alone: it is reaped if it ends after all, and the warden has its number.
+    """
     try:
         if not ended.done():
             process.signal_group(signal.SIGTERM)
             await asyncio.wait({ended}, timeout=TERM_GRACE_S)
         if not ended.done():
             process.signal_group(signal.SIGKILL)
-            await asyncio.wait({ended})
+            await asyncio.wait({ended}, timeout=KILL_LIMIT_S)
+        if not ended.done():
+            _log.warning("a process cannot be killed; it waits for a disk, perhaps", pid=process.pid)
     finally:
         process.signal_group(signal.SIGKILL)  # cancelled once more: no patience is left
 

@@ -9,14 +9,18 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import Final
 
-from mesh.build.command import Command, CommandError, Surroundings, run
+from mesh.build.command import Command, CommandError, HangsError, Surroundings, run
 from mesh.build.layout import BINARY, is_executable
 from mesh.build.spec import BuildSpec
 from mesh.build.status import Stage
+from mesh.build.threads import settled
 from mesh.core.build_progress import Progress, advance, parse
 from mesh.errors import BuildError
+from mesh.host.memory import ram_available_mib
 
 #: what a step says of itself: the stage, and how many of its steps are done (None: not known)
 StageReport = Callable[[Stage, int | None, int | None], None]
@@ -32,10 +36,21 @@ _LACKS = {
     "CUDA Toolkit not found": "install the CUDA toolkit, or take -DGGML_CUDA=ON out of llama_cpp.build_args",
     "No CMAKE_CUDA_COMPILER could be found": "put nvcc of the CUDA toolkit on PATH, or build without -DGGML_CUDA=ON",
 }
+#: Without a line for so long, it hangs, and the lock and the other builds wait for it. A single file of CUDA kernels
+#: takes many minutes without one on a slow machine, and ninja tells of nothing before it is done.
+MAX_SILENCE_S: Final = 3600.0
+#: what a compiler takes on llama.cpp's larger files
+_JOB_MIB: Final = 1536
 #: so little is left after a failure: it was the failure
 _FULL_BYTES = 16 * 1024**2
+_HANGS = (
+    "it hangs: the last lines of its log say at what (a download, a compiler, a disk); mend that, and rebuild. "
+    "What runs is untouched"
+)
 _NO_MEMORY = "the system ran out of memory; compile less at once: build_command_args: [-j, '2']"
-_FULL = ("No space left on device", "Disk quota exceeded")
+_NO_SPACE, _NO_QUOTA = "No space left on device", "Disk quota exceeded"
+#: where compilers look for their temporary directory, before /tmp
+_TEMPORARY = ("TMPDIR", "TMP", "TEMP")
 
 
 class CompileError(BuildError):
@@ -55,7 +70,7 @@ async def build(
     Raise ``CompileError`` if it does not compile, ``BuildError`` for anything that may be better next time.
     """
     environ = around.environ()
-    env = _environment(environ)
+    env = _environment(environ, await settled(ram_available_mib))
     if (cmake := shutil.which("cmake", path=env["PATH"])) is None:
         raise BuildError(f"there is no cmake; {_INSTALL}")
     generator = _generator(spec.build_args, environ, env["PATH"])
@@ -71,18 +86,37 @@ async def build(
             raise _retold(error, BuildError, f"; {_NO_MEMORY}") from error
         raise _retold(error, CompileError, _said(error.log_tail)) from error
     if not is_executable(directory / BINARY):
-        raise CompileError(f"the build succeeded, but made no {BINARY}; check llama_cpp.build_args")
+        targets = any(arg in ("-t", "--target") or arg.startswith("--target=") for arg in spec.build_command_args)
+        check = "build_command_args: it chooses a --target" if targets else "build_args"
+        raise CompileError(f"the build succeeded, but made no {BINARY}; check {check}")
 
 
-def disk_is_full(directory: Path, log_tail: Sequence[str] = ()) -> bool:
-    """Whether what failed in *directory* failed for lack of space."""
-    if any(text in line for line in log_tail for text in _FULL):
-        return True
-    there = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+def full_disk(directory: Path, environ: Mapping[str, str], log_tail: Sequence[str] = ()) -> Path | None:
+    """Return where there was no space for what failed: *directory*, the temporary one, or None: it was not that.
+
+    What was half written is often removed again before we look, so that both have room now; then the log may name the
+    file, and else it was the one with less.
+    """
+    if (here := _free(directory)) < _FULL_BYTES:
+        return directory
+    temporary = Path(next((environ[name] for name in _TEMPORARY if environ.get(name)), "/tmp"))
+    lines = [line for line in log_tail if _NO_SPACE in line or _NO_QUOTA in line]
+    if any(str(directory) in line for line in lines):
+        return directory
+    if any(str(temporary) in line for line in lines):
+        return temporary
+    if any(_NO_SPACE in line for line in lines):
+        return temporary if _free(temporary) < here else directory
+    return directory if lines else None  # a quota does not show in what is free
+
+
+def _free(path: Path) -> float:
+    """Return how many bytes are free where *path* is, or will be; infinity if nobody says."""
+    there = next((each for each in (path, *path.parents) if each.exists()), path)
     try:
-        return shutil.disk_usage(there).free < _FULL_BYTES
+        return shutil.disk_usage(there).free
     except OSError:
-        return False
+        return inf
 
 
 def _said(log_tail: Sequence[str]) -> str:
@@ -127,21 +161,26 @@ class _Cmake:
                 shown = now
                 self.stage(at, now.done, now.total)
 
-        await run(Command((self.program, *args), cwd=self.directory, extra_env=self.env), self.around, hear)
+        command = Command((self.program, *args), cwd=self.directory, extra_env=self.env, max_silence_s=MAX_SILENCE_S)
+        try:
+            await run(command, self.around, hear)
+        except HangsError as error:
+            raise _retold(error, BuildError, f"; {_HANGS}") from error
 
 
-def _retold(error: CommandError, kind: type[BuildError], more: str) -> BuildError:
+def _retold(error: BuildError, kind: type[BuildError], more: str) -> BuildError:
     return kind(f"{error.message}{more}", exit_status=error.exit_status, log_tail=error.log_tail)
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what cmake and ninja get beside the usual."""
+def _environment(environ: Mapping[str, str], available_mib: int) -> dict[str, str]:
+    """Return what cmake and ninja get beside the usual; they compile as much at once as fits into memory now."""
+    at_once = min(os.cpu_count() or 1, max(1, available_mib // _JOB_MIB))
     beside_us = Path(sys.executable).parent  # where pip puts the cmake and ninja of PyPI
     return {
         "PATH": os.pathsep.join((environ.get("PATH") or os.defpath, str(beside_us))),
         "NINJA_STATUS": "[%f/%t] ",
         "CLICOLOR_FORCE": "0",
-        "CMAKE_BUILD_PARALLEL_LEVEL": environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1),
+        "CMAKE_BUILD_PARALLEL_LEVEL": environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(at_once),
     }
 
 

@@ -7,6 +7,7 @@ force and a way back. ``binary_path`` is what counts; the file of states follows
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 from mesh.build import layout, state
@@ -31,6 +32,9 @@ from mesh.errors import BuildError, UnknownBuildError
 from mesh.logs import Log
 
 _VERSION_LIMIT_S = 30.0
+_BY_HAND = "replaced by hand"
+#: why a version is held that somebody went back from
+ROLLED_BACK = "rolled back"
 
 _log = Log(__name__)
 
@@ -46,7 +50,7 @@ def put_in_force(spec: BuildSpec, version: Installed, *, by_hand_over: str | Non
     replaced = () if by_hand_over is None else replaced_by_hand(state.installed(shelf), by_hand_over, version.commit)
     held = before.held
     for commit in replaced:
-        held = with_hold(held, commit, Hold("replaced by hand"))
+        held = with_hold(held, commit, Hold(_BY_HAND))
     _save(spec, State(before.history, held))  # from here on there is a way back
     try:
         layout.swap(spec, Path(version.binary))
@@ -58,6 +62,21 @@ def put_in_force(spec: BuildSpec, version: Installed, *, by_hand_over: str | Non
     return replaced
 
 
+def choose_again(spec: BuildSpec, commit: str, *, by_hand_over: str | None) -> tuple[str, ...]:
+    """Remember that somebody chose *commit*, which is in force; return the commits that are held for it. Blocks.
+
+    *by_hand_over* as for ``put_in_force``: nothing is put in place, but the choice is kept in the same way.
+    """
+    shelf, known = layout.look(spec), state.load(spec)
+    replaced = () if by_hand_over is None else replaced_by_hand(state.installed(shelf), by_hand_over, commit)
+    held = without_hold(known.held, commit)
+    for each in replaced:
+        held = with_hold(held, each, Hold(_BY_HAND))
+    if held != dict(known.held):
+        _save(spec, State(known.history, held))
+    return replaced
+
+
 def hold(spec: BuildSpec, commit: str, why: Hold) -> None:
     """Keep *commit* from being built by itself. Blocks."""
     known = state.load(spec)
@@ -65,9 +84,14 @@ def hold(spec: BuildSpec, commit: str, why: Hold) -> None:
 
 
 async def roll_back(
-    spec: BuildSpec, around: Surroundings, say: Callable[[str], None], decided: Callable[[], None] = lambda: None
+    spec: BuildSpec,
+    around: Surroundings,
+    say: Callable[[str], None],
+    decided: Callable[[], None] = lambda: None,
+    *,
+    why: str = ROLLED_BACK,
 ) -> BuiltVersion:
-    """Put the version in force that ran before, hold the one that it replaces, and return it.
+    """Put the version in force that ran before, hold the one that it replaces for *why*, and return it.
 
     May be cancelled until *decided* is called: nothing has changed then. Raise ``UnknownBuildError`` if there is none
     that still runs.
@@ -78,11 +102,11 @@ async def roll_back(
     for version in rollback_targets(known.history, live.binary if live else None):
         if (problem := await problem_of(Path(version.binary), around, say)) is None:
             decided()
-            await settled(lambda version=version: _go_back(spec, known, live, version))  # type: ignore[misc]
+            await settled(partial(_go_back, spec, known, live, version, why))
             return _described(shelf, version)
         reasons.append(f"{version.binary}: {problem}")
-    why = "; ".join(reasons) or "no other version was installed before"
-    raise UnknownBuildError(f"nothing to go back to: {why}")
+    tried = "; ".join(reasons) or "no other version was installed before"
+    raise UnknownBuildError(f"nothing to go back to: {tried}")
 
 
 def prune(spec: BuildSpec, in_use: Collection[Path]) -> tuple[str, ...]:
@@ -100,6 +124,19 @@ def prune(spec: BuildSpec, in_use: Collection[Path]) -> tuple[str, ...]:
     return (*problems, "old builds stay: binary_path leads to none of them") if unknown > len(builds) else problems
 
 
+def can_roll_back(shelf: Shelf, known: State) -> bool:
+    """Whether the live version is ours, put in force by a node, and there is one to go back to. Runs nothing.
+
+    What a hand made, or let ``binary_path`` lead to, is for a hand to undo.
+    """
+    if (live := shelf.live) is None or live.manifest is None:
+        return False
+    if not known.history or known.history[-1].binary != str(live.binary):
+        return False
+    targets = rollback_targets(known.history, str(live.binary))
+    return any(layout.is_executable(Path(version.binary)) for version in targets)
+
+
 def previous_directory(shelf: Shelf, known: State) -> str | None:
     """Return the directory that a rollback would go back to, as far as can be told without running anything."""
     live = state.installed(shelf)
@@ -110,7 +147,7 @@ def previous_directory(shelf: Shelf, known: State) -> str | None:
 
 def _is_held(found: Found, known: State) -> bool:
     args = found.manifest.build_args if found.manifest else ()
-    return hold_reason(known.held, found.commit, args) is not None
+    return hold_reason(known.held, found.commit, args) is not None  # compiled with whatever build_command_args
 
 
 def taboo(shelf: Shelf, known: State, in_use: Collection[Path]) -> set[Path]:
@@ -126,13 +163,17 @@ def _before(spec: BuildSpec) -> tuple[Shelf, State]:
     return shelf, state.up_to_date(state.load(spec), shelf)
 
 
-def _go_back(spec: BuildSpec, known: State, live: Installed | None, version: Installed) -> None:
+def _go_back(spec: BuildSpec, known: State, live: Installed | None, version: Installed, why: str) -> None:
     """Hold *live* first: killed after the swap, nothing may put it in force again by itself."""
     held = known.held
     if live is not None and live.commit:
-        held = with_hold(held, live.commit, Hold("rolled back"))
+        held = with_hold(held, live.commit, Hold(why))
     _save(spec, State(known.history, held))
-    layout.swap(spec, Path(version.binary))
+    try:
+        layout.swap(spec, Path(version.binary))
+    except BuildError:
+        _save(spec, known)  # it runs on, and nothing is to be said against it
+        raise
     _save(spec, State(remembered(known.history, version), without_hold(held, version.commit)))
 
 

@@ -27,6 +27,7 @@ class OnDiskView:
     live_commit: str | None = None
     versions: tuple[BuiltVersion, ...] = ()
     held: dict[str, str] = field(default_factory=dict)
+    can_roll_back: bool = False
 
 
 class Lane:
@@ -44,6 +45,11 @@ class Lane:
     @property
     def last_build_at_wall(self) -> float | None:
         return self.last.ended_at_wall if self.last else None
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether the node put in force what is live, and there was something before; as of the last look."""
+        return self._view.can_roll_back
 
     def note(self, ended: Attempt) -> None:
         """Take in how an attempt ended. What was skipped leaves the error standing that it was skipped for."""
@@ -89,4 +95,4 @@ def _look(spec: BuildSpec) -> OnDiskView:
         if each.finished
     )
     held = {commit: why.reason for commit, why in known.held.items()}
-    return OnDiskView(live.commit if live else None, versions, held)
+    return OnDiskView(live.commit if live else None, versions, held, install.can_roll_back(shelf, known))

@@ -147,15 +147,24 @@ class BuildManager:
         lock = self._exclusively(lane)
         return self._begin(lane, Trigger.MANUAL, Request(ref or lane.spec.ref, by_hand=True, force=force), lock).attempt
 
-    async def rollback(self, name: str | None = None) -> BuiltVersion:
-        """Put the version in force that ran before, and return it; the one that it replaces is held back.
+    def can_roll_back(self, name: str | None = None) -> bool:
+        """Whether what is in force was put there by a node, and there is a version to go back to; from memory.
+
+        As of the last look at the disk: not yet of what ``on_installed`` is just being told of. That it still runs is
+        found out by ``rollback`` only. Raise ``UnknownBuildError`` for a wrong name.
+        """
+        return self._lane(name).can_roll_back
+
+    async def rollback(self, name: str | None = None, *, why: str = install.ROLLED_BACK) -> BuiltVersion:
+        """Put the version in force that ran before, and return it; the one that it replaces is held back for *why*.
 
         It is carried out even if the caller is cancelled. Raise ``UnknownBuildError`` if there is nothing to go back
         to, ``BuildBusyError`` while the build is busy.
         """
         lane = self._lane(name)
         lock = self._exclusively(lane)
-        task = spawn(self._roll_back(lane, lock, lambda: self._undecided.discard(task)), f"roll back {lane.spec.name}")
+        going_back = self._roll_back(lane, lock, why, lambda: self._undecided.discard(task))
+        task = spawn(going_back, f"roll back {lane.spec.name}")
         for tasks in (self._rollbacks, self._undecided):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -209,9 +218,11 @@ class BuildManager:
         self._events.publish("ended", data)
         return attempt
 
-    async def _roll_back(self, lane: Lane, lock: BuildLock, decided: Callable[[], None]) -> BuiltVersion | MeshError:
+    async def _roll_back(
+        self, lane: Lane, lock: BuildLock, why: str, decided: Callable[[], None]
+    ) -> BuiltVersion | MeshError:
         try:
-            version = await install.roll_back(lane.spec, self._tools.around, _log.debug, decided)
+            version = await install.roll_back(lane.spec, self._tools.around, _log.debug, decided, why=why)
         except MeshError as error:
             return error
         finally:

@@ -17,7 +17,7 @@ import msgspec
 
 from mesh.build import install, layout, state
 from mesh.build.command import Surroundings
-from mesh.build.compile import CompileError, StageReport, build, disk_is_full
+from mesh.build.compile import CompileError, StageReport, build, full_disk
 from mesh.build.layout import Found, Manifest, Shelf
 from mesh.build.rejected import RejectedError
 from mesh.build.repository import Repository, Revision
@@ -113,10 +113,12 @@ class Pipeline:
         usable = None if self._request.force else await self._usable(shelf, revision)
         if usable is not None and usable is shelf.live:
             adopted = "made by llamesh or by hand: with which build_args is not known; --force builds it anew"
-            return Result(Outcome.UNCHANGED, notes=() if usable.manifest else (adopted,))
-        why = hold_reason(known.held, revision.commit, self._spec.build_args)
+            notes = await self._chosen_again(revision)
+            return Result(Outcome.UNCHANGED, notes=notes if usable.manifest else (adopted, *notes))
+        spec = self._spec
+        why = hold_reason(known.held, revision.commit, spec.build_args, spec.build_command_args)
         if why is not None and not self._request.by_hand:
-            text = f"{revision.short} is held back ({why}); llama-mesh rebuild {self._spec.name} tries it again"
+            text = f"{revision.short} is held back ({why}); llama-mesh rebuild {spec.name} tries it again"
             return Result(Outcome.SKIPPED, notes=(text,))
         return await self._judged(revision, shelf, known, usable.path if usable else None)
 
@@ -150,7 +152,8 @@ class Pipeline:
                 directory = await self._make(revision, shelf, known)
             comparisons, notes = await self._tested(directory / layout.BINARY)
         except (CompileError, RejectedError) as error:
-            why = Hold(error.message.splitlines()[0][:300] if error.message else "", self._spec.build_args)
+            reason = error.message.splitlines()[0][:300] if error.message else ""
+            why = Hold(reason, self._spec.build_args, self._spec.build_command_args)
             await settled(partial(install.hold, self._spec, revision.commit, why))
             await self._prune_rejected()
             raise
@@ -168,7 +171,8 @@ class Pipeline:
         try:
             await self._compile(revision, directory, source)
         except BaseException as error:
-            full = await settled(partial(disk_is_full, directory, getattr(error, "log_tail", ())))
+            log_tail = getattr(error, "log_tail", ())
+            full = await settled(partial(full_disk, directory, self._tools.around.environ(), log_tail))
             await _tidied(partial(layout.remove_build, directory))
             if isinstance(error, (BuildError, OSError)):
                 raise _explained(error, directory, full=full) from error
@@ -238,6 +242,16 @@ class Pipeline:
             self._report.say(f"what {self._spec.ref} means now is not known: {error.message}")
             return ""
 
+    async def _chosen_again(self, revision: Revision) -> tuple[str, ...]:
+        """Remember that somebody asked for what is in force already, if somebody did; return what is to be said."""
+        if not self._request.by_hand:
+            return ()
+        over = await self._instead_of()
+        held = await settled(partial(install.choose_again, self._spec, revision.commit, by_hand_over=over))
+        if over == "":
+            return (f"what {self._spec.ref} means now is not known; the next update may replace what runs",)
+        return self._chosen(held)
+
     def _chosen(self, held: tuple[str, ...]) -> tuple[str, ...]:
         if not held:
             return ()
@@ -267,11 +281,14 @@ async def _tidied(job: Callable[[], None]) -> None:
         _log.warning("what a failed build left stays; it goes after the next one", error=str(error))
 
 
-def _explained(error: BuildError | OSError, directory: Path, *, full: bool) -> BuildError:
+def _explained(error: BuildError | OSError, directory: Path, *, full: Path | None) -> BuildError:
     """Return *error* as one of ours that says what to do; a full disk is nobody's bad commit."""
-    if full:
+    if full is not None:
         status, tail = (error.exit_status, error.log_tail) if isinstance(error, BuildError) else (None, ())
         text = f"the disk of {directory.parent} is full: free some space, or lower keep_builds; what runs is untouched"
+        if full != directory:
+            helps = "free some space there, or set TMPDIR to a directory that has more"
+            text = f"the disk of the temporary directory {full} is full: {helps}; what runs is untouched"
         return BuildError(text, exit_status=status, log_tail=tail)
     if isinstance(error, OSError):
         return BuildError(f"cannot build in {directory}: {error.strerror or error}")

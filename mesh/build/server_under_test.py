@@ -18,11 +18,11 @@ from typing import Any, Final, NamedTuple, Self
 
 import httpx
 
+from mesh.build import child
 from mesh.core.exits import Cause, classify, describe_exit
 from mesh.errors import BuildError, InstanceError
 from mesh.host.logring import LogRing
 from mesh.host.ports import PortAllocator, is_free
-from mesh.host.process import Process
 from mesh.host.warden import Warden
 
 #: a first start may wait for the GPU's driver to compile kernels for a new kind of GPU
@@ -152,14 +152,7 @@ class Child:
             "OMP_WAIT_POLICY", "passive"
         )  # spinning at barriers beside other load, it would be that we measure
         try:
-            self._process = Process.start(
-                argv,
-                env=env,
-                on_exit=self._ended.set_result,
-                ring=self.ring,
-                warden=warden,
-                whole_session=True,  # it may be an operator's wrapper, whose llama-server has a group of its own
-            )
+            self._process = child.start(argv, env=env, on_exit=self._ended.set_result, ring=self.ring, warden=warden)
         except InstanceError as error:
             raise ServerFailedError(error.message) from error
 
@@ -266,16 +259,16 @@ class ServerUnderTest:
             await self._connection.close()
 
 
-async def _ready(child: Child, connection: Connection) -> None:
-    """Return once *child* is healthy; raise if it ends before, or takes too long."""
+async def _ready(server: Child, connection: Connection) -> None:
+    """Return once *server* is healthy; raise if it ends before, or takes too long."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + READY_LIMIT_S
     while loop.time() < deadline:
-        if await child.ended(PROBE_PAUSE_S) is not None:
-            raise child.failure("it did not start")
-        if await connection.healthy() and child.returncode is None:
+        if await server.ended(PROBE_PAUSE_S) is not None:
+            raise server.failure("it did not start")
+        if await connection.healthy() and server.returncode is None:
             return
-    raise child.failure(f"it was not ready within {READY_LIMIT_S:.0f} s")
+    raise server.failure(f"it was not ready within {READY_LIMIT_S:.0f} s")
 
 
 def data_of(lines: Sequence[Line]) -> Iterator[Line]:

@@ -25,10 +25,14 @@ class Installed:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Why a commit is not built by itself. *build_args*: only with these arguments; None: with any."""
+    """Why a commit is not built by itself. Of both arguments: only with these; None: with any.
+
+    What was written down before there were *build_command_args* lacks them, and holds whatever they are.
+    """
 
     reason: str
     build_args: tuple[str, ...] | None = None
+    build_command_args: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +84,22 @@ def rollback_targets(history: Sequence[Installed], live: str | None) -> tuple[In
     return tuple(latest[binary] for binary in order if binary != live)
 
 
-def hold_reason(held: Mapping[str, Hold], commit: str, build_args: Sequence[str]) -> str | None:
-    """Return why *commit* with *build_args* is not to be built by itself; None if it is.
+def hold_reason(
+    held: Mapping[str, Hold], commit: str, build_args: Sequence[str], build_command_args: Sequence[str] | None = None
+) -> str | None:
+    """Return why *commit* with these arguments is not to be built by itself; None if it is.
 
-    Of a build that is not ours only the beginning of the hash is known.
+    *build_command_args*: None asks for whatever they are. Of a build that is not ours only the beginning of the hash is
+    known.
     """
     hold = next((held[known] for known in held if known and commit.startswith(known)), None)
-    if hold is None or (hold.build_args is not None and hold.build_args != tuple(build_args)):
+    if hold is None or _differ(hold.build_args, build_args) or _differ(hold.build_command_args, build_command_args):
         return None
     return hold.reason
+
+
+def _differ(one: Sequence[str] | None, other: Sequence[str] | None) -> bool:
+    return one is not None and other is not None and tuple(one) != tuple(other)
 
 
 def with_hold(held: Mapping[str, Hold], commit: str, hold: Hold) -> dict[str, Hold]:

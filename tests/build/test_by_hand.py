@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mesh.build import install
 from mesh.build.manager import BuildManager
 from mesh.build.spec import BuildSpec
 from mesh.build.status import Attempt, Outcome
+from mesh.core.build_policy import Hold
 from mesh.errors import BuildError
 from tests.build.project import Project, bench, live, spec_in, until
 
@@ -62,6 +64,53 @@ async def test_also_if_the_branch_had_moved_on_before(spec: BuildSpec, project: 
         await b.install(ref="stable")
     async with bench(spec) as b:
         assert (await _at_boot(b.manager)).outcome is Outcome.SKIPPED
+
+
+async def test_also_if_it_is_what_runs_already(spec: BuildSpec, project: Project) -> None:
+    """Whoever asks for the version that runs wants to keep it."""
+    project.git("tag", "b1", "master")
+    async with bench(spec) as b:
+        directory = await b.install()
+        moved_on = project.commit()
+        chosen = await b.rebuild(ref="b1")
+        assert chosen.outcome is Outcome.UNCHANGED
+        assert "chosen by hand instead of master; it stays until master moves on" in str(chosen.notes)
+        assert b.manager.statuses()[0].held == {moved_on: "replaced by hand"}
+        assert (await b.rebuild(ref="b1")).outcome is Outcome.UNCHANGED
+    async with bench(spec) as b:
+        assert (await _at_boot(b.manager)).outcome is Outcome.SKIPPED
+        assert live(spec) == directory
+    project.commit()
+    async with bench(spec) as b:
+        assert (await _at_boot(b.manager)).outcome is Outcome.INSTALLED
+
+
+async def test_what_runs_and_is_asked_for_is_held_no_more(spec: BuildSpec, project: Project) -> None:
+    """As after a rollback that somebody undid by moving the link."""
+    master = project.git("rev-parse", "master")
+    async with bench(spec) as b:
+        await b.install()
+        install.hold(spec, master, Hold("rolled back"))
+        install.hold(spec, "f" * 40, Hold("too slow"))
+        ended = await b.rebuild()
+        assert (ended.outcome, ended.notes) == (Outcome.UNCHANGED, ())
+        assert b.manager.statuses()[0].held == {"f" * 40: "too slow"}
+        install.hold(spec, master, Hold("rolled back"))
+    async with bench(spec) as b:
+        assert (await _at_boot(b.manager)).outcome is Outcome.UNCHANGED
+        assert master in b.manager.statuses()[0].held, "nobody asked for it"
+
+
+async def test_what_runs_is_asked_for_while_the_branch_is_not_known(
+    spec: BuildSpec, project: Project, tmp_path: Path
+) -> None:
+    master = project.git("rev-parse", "master")
+    async with bench(spec) as b:
+        await b.install()
+        project.path.rename(tmp_path / "gone")
+        ended = await b.rebuild(ref=master)
+        assert (ended.outcome, b.manager.statuses()[0].held) == (Outcome.UNCHANGED, {})
+        assert ended.notes == ("what master means now is not known; the next update may replace what runs",)
 
 
 async def test_the_first_one_of_all_is_kept_too(spec: BuildSpec) -> None:

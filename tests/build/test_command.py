@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mesh.build import command
-from mesh.build.command import Command, CommandError, Surroundings, run
+from mesh.build.command import Command, CommandError, HangsError, Surroundings, run
+from mesh.build.server_under_test import Child
 from mesh.errors import BuildError
+from mesh.host.process import Process
 from mesh.host.warden import Warden
 from mesh.tasks import spawn
 from tests.host.deaths import wait_for_death
@@ -142,3 +145,60 @@ async def test_it_ends_as_its_group_even_if_it_ends_well(around: Surroundings) -
     script = OWN_GROUP.replace("print(pid, flush=True)\ntime.sleep(1000)", "print(pid)")
     await run(Command((sys.executable, "-c", script)), around, lines.append)
     wait_for_death(int(lines[0]))
+
+
+@pytest.fixture
+def unkillable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No signal ends anything, as if it waited in the kernel for a disk."""
+    monkeypatch.setattr(command, "TERM_GRACE_S", 0.1)
+    monkeypatch.setattr(command, "KILL_LIMIT_S", 0.2)
+    monkeypatch.setattr(Process, "signal_group", lambda self, number: None)
+    yield
+    monkeypatch.undo()
+
+
+async def _gone(pid: int) -> None:
+    """Kill *pid*, and wait until it is reaped: that goes on after everybody stopped waiting."""
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while psutil.pid_exists(pid):  # noqa: ASYNC110  # nobody is told
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.usefixtures("unkillable")
+async def test_cancelled_it_does_not_wait_for_what_cannot_be_killed(
+    around: Surroundings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the node would not end, nor the lock of the build be free."""
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    task = spawn(run(_sh("echo $$; exec sleep 1000", nice=False), around, lines.put_nowait), "a command")
+    pid = int(await lines.get())
+    task.cancel()
+    async with asyncio.timeout(20):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert "a process cannot be killed; it waits for a disk, perhaps" in caplog.text
+    assert psutil.pid_exists(pid)
+    await _gone(pid)
+
+
+@pytest.mark.usefixtures("unkillable")
+async def test_what_hangs_and_cannot_be_killed_is_left_alone(around: Surroundings) -> None:
+    lines: list[str] = []
+    async with asyncio.timeout(20):
+        with pytest.raises(HangsError, match=r"said nothing for 0\.5 s") as caught:
+            await run(_sh("echo $$; exec sleep 1000", nice=False, max_silence_s=0.5), around, lines.append)
+    assert (caught.value.exit_status, caught.value.log_tail) == (None, tuple(lines))
+    await _gone(int(lines[0]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there the kernel is told whom to take")
+async def test_if_memory_is_short_a_build_is_taken_before_what_serves(around: Surroundings) -> None:
+    """Also what it starts; and the server under test."""
+    says = "sleep 0.3; cat /proc/self/oom_score_adj"
+    said: list[str] = []
+    for nice in (True, False):
+        await run(_sh(says, nice=nice), around, said.append)
+    server = Child(("sh", "-c", says), {"PATH": os.environ["PATH"]}, around.warden)
+    assert await server.ended(20.0) == 0
+    assert [*said, *server.ring.tail()] == ["800"] * 3

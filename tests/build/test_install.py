@@ -16,7 +16,7 @@ from mesh.build.spec import BuildSpec
 from mesh.build.state import State
 from mesh.build.status import Outcome
 from mesh.core.build_policy import Hold, Installed
-from mesh.errors import BuildBusyError, DrainingError, UnknownBuildError
+from mesh.errors import BuildBusyError, BuildError, DrainingError, UnknownBuildError
 from mesh.tasks import spawn
 from tests.build.project import Project, bench, directories, hanging_at, live, pid_from, spec_in, until
 from tests.host.deaths import wait_for_death
@@ -135,6 +135,72 @@ async def test_killed_between_the_swap_and_its_record(spec: BuildSpec, monkeypat
         assert (await b.manager.rollback(None)).directory == str(second)
 
 
+async def test_a_swap_that_fails_on_the_way_back_holds_nothing(
+    spec: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs goes on, so nothing is to be said against it."""
+    first, second = _made(spec, "1000000"), _made(spec, "2000000")
+    _install(spec, first)
+    _install(spec, second)
+
+    def fails(spec: BuildSpec, target: Path) -> None:
+        raise BuildError("cannot put it in place")
+
+    before = state.load(spec)
+    monkeypatch.setattr(layout, "swap", fails)
+    async with bench(spec) as b:
+        with pytest.raises(BuildError, match="cannot put it in place"):
+            await b.manager.rollback(None)
+    assert live(spec) == second
+    assert state.load(spec) == before == State(before.history, {})
+
+
+async def test_why_somebody_went_back_is_what_holds(spec: BuildSpec) -> None:
+    first, second = _made(spec, "1000000"), _made(spec, "2000000")
+    _install(spec, first)
+    _install(spec, second)
+    async with bench(spec) as b:
+        await b.manager.rollback(why="models do not start with it")
+        assert b.manager.statuses()[0].held == {"2000000".ljust(40, "0"): "models do not start with it"}
+
+
+async def test_whether_there_is_anything_to_go_back_to(spec: BuildSpec, tmp_path: Path) -> None:
+    """Of what a node put in force, and only of that."""
+
+    async def can() -> bool:
+        async with bench(spec) as b:
+            await b.manager._refresh_all()
+            return b.manager.can_roll_back()
+
+    first, second, third = (_made(spec, f"{digit}000000") for digit in "123")
+    assert not await can(), "nothing is live"
+    _install(spec, first)
+    assert not await can(), "it is the first"
+    _install(spec, second)
+    assert await can()
+    layout.swap(spec, third / layout.BINARY)
+    assert not await can(), "a hand put it there"
+    _install(spec, third)
+    assert await can()
+    layout.remove_build(first)
+    layout.remove_build(second)
+    assert not await can(), "they are gone"
+
+
+async def test_whether_it_can_be_known_as_soon_as_an_attempt_has_ended(spec: BuildSpec, project: Project) -> None:
+    project.commit()
+    async with bench(spec) as b:
+        await b.install()
+        assert not b.manager.can_roll_back("default")
+        project.commit()
+        await b.install()
+        assert b.manager.can_roll_back("default")
+        await b.manager.rollback()
+        assert not b.manager.can_roll_back("default")
+        with pytest.raises(UnknownBuildError):
+            b.manager.can_roll_back("cdua")
+
+
 async def test_closing_does_not_wait_for_an_old_one_that_hangs(spec: BuildSpec, tmp_path: Path) -> None:
     first, second = _made(spec, "1000000"), _made(spec, "2000000")
     _install(spec, first)
@@ -240,6 +306,15 @@ def test_rejected_ones_go_before_good_ones_and_even_if_nothing_is_live(spec: Bui
     _install(spec, _made(spec, "4000000", made_at=0.0))
     assert install.prune(replace(spec, keep_builds=1), []) == ()
     assert [directory.exists() for directory in (good, newer)] == [True, False]
+
+
+def test_rejected_is_what_was_rejected_with_whatever_command_args(spec: BuildSpec) -> None:
+    """They do not go to another directory, so it may have been compiled with others than it was tested under."""
+    good, rejected = (_made(spec, f"{d}000000", made_at=float(d)) for d in "12")
+    install.hold(spec, rejected.name[-7:].ljust(40, "0"), Hold("too slow", (), ("-j", "2")))
+    _install(spec, _made(spec, "3000000", made_at=0.0))
+    assert install.prune(replace(spec, keep_builds=1), []) == ()
+    assert [directory.exists() for directory in (good, rejected)] == [True, False]
 
 
 def test_prune_does_nothing_if_it_cannot_tell_what_is_live(spec: BuildSpec) -> None:

@@ -152,6 +152,4 @@ def test_ninja_unless_something_else_is_chosen(tmp_path: Path) -> None:
 
 def test_tools_beside_our_python_are_found_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/venv/bin/python")
-    assert _environment({"PATH": "/usr/bin"})["PATH"] == "/usr/bin:/venv/bin"
-    assert _environment({"CMAKE_BUILD_PARALLEL_LEVEL": "3"})["CMAKE_BUILD_PARALLEL_LEVEL"] == "3"
-    assert int(_environment({})["CMAKE_BUILD_PARALLEL_LEVEL"]) >= 1
+    assert _environment({"PATH": "/usr/bin"}, 1)["PATH"] == "/usr/bin:/venv/bin"

@@ -411,15 +411,22 @@ async def test_a_file_where_the_link_should_be_is_never_replaced(tmp_path: Path,
     assert b.installed == []
 
 
-async def test_a_full_disk_is_nobodys_bad_commit(tmp_path: Path, project: Project) -> None:
+async def test_a_full_disk_is_nobodys_bad_commit(
+    tmp_path: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here that of the compilers' temporary files: to remove builds would not help."""
+    temporary = tmp_path / "temporary"
+    monkeypatch.setenv("TMPDIR", str(temporary))
     project.commit()
     spec = spec_in(tmp_path, project)
     async with bench(spec) as b:
         good = await b.install()
-        project.commit("echo 'fatal error: error writing to /tmp/x.s: No space left on device'\nexit 1\n")
+        project.commit(f"echo 'fatal error: error writing to {temporary}/x.s: No space left on device'\nexit 1\n")
         ended = await b.rebuild()
         assert ended.outcome is Outcome.FAILED
-        assert "is full: free some space, or lower keep_builds" in str(ended.error)
+        assert f"the disk of the temporary directory {temporary} is full: free some space there" in str(ended.error)
+        assert "set TMPDIR" in str(ended.error)
+        assert "keep_builds" not in str(ended.error)
         assert any("No space left" in line for line in ended.log_tail)
         assert b.manager.statuses()[0].held == {}
         assert directories(spec) == {good.name}
@@ -439,7 +446,8 @@ async def test_a_disk_that_fills_up_while_it_compiles(tmp_path: Path) -> None:
             upstream.commit(fill_mib=64)
             ended = await b.rebuild()
             assert ended.outcome is Outcome.FAILED
-            assert f"the disk of {spec.build_path.parent} is full" in str(ended.error), ended
+            full = f"the disk of {spec.build_path.parent} is full: free some space, or lower keep_builds"
+            assert full in str(ended.error), ended
             assert b.manager.statuses()[0].held == {}
             assert directories(spec) == {good.name}
             assert shutil.disk_usage(disk).free > free - 2**20

@@ -104,6 +104,17 @@ def test_holds() -> None:
     assert list(without_hold(held, "abc1234fffff")) == ["c1"]
 
 
+def test_holds_of_command_arguments() -> None:
+    """One that was written down before there were any holds whatever they are."""
+    held = {"c1": Hold("does not compile", ("-DX=1",), ("-j", "2")), "c2": Hold("does not compile", ("-DX=1",))}
+    assert hold_reason(held, "c1", ["-DX=1"], ["-j", "2"]) == "does not compile"
+    assert hold_reason(held, "c1", ["-DX=1"], ["-j", "4"]) is None
+    assert hold_reason(held, "c1", ["-DX=1"], []) is None
+    assert hold_reason(held, "c1", [], ["-j", "2"]) is None
+    assert hold_reason(held, "c1", ["-DX=1"]) == "does not compile"
+    assert hold_reason(held, "c2", ["-DX=1"], ["-j", "4"]) == "does not compile"
+
+
 def test_what_is_held_when_somebody_chooses() -> None:
     assert replaced_by_hand(A, A.commit, B.commit) == (A.commit,)
     assert replaced_by_hand(A, C.commit, B.commit) == (A.commit, C.commit), "the branch has moved on already"
