@@ -1,29 +1,32 @@
 """This node's builds of llama.cpp: the build manager wired to the instances that run what it makes.
 
 A composition root like ``app``. The manager knows nothing of models and requests, the supervisor nothing of builds:
-here one learns what was installed and what still runs, and lends the other's instances to a canary.
+here one learns what was installed and what still runs, lends the other's instances to a canary, and goes back to the
+version before when a new one passed its tests but cannot load a model whose old instance made room for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from mesh.api.builds import count_builds
 from mesh.build.manager import BuildManager
 from mesh.build.spec import specs_of
+from mesh.build.status import Attempt, BuildStatus, BuiltVersion, Stage
 from mesh.build.tester import BuildTester
 from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.engines import keys_of
+from mesh.config.profile import Profile
 from mesh.config.settings import Settings
 from mesh.engine.children import own_env
 from mesh.engine.supervisor import Supervisor
-from mesh.errors import UnknownModelError
+from mesh.errors import BuildError, MeshError, UnknownModelError
 from mesh.host.warden import Warden
 from mesh.logs import Log
 from mesh.metrics import Metrics
@@ -72,6 +75,84 @@ class Trials:
             yield TrialServer(f"http://{endpoint.host}:{endpoint.port}", endpoint.api_key)
 
 
+class Builds(Protocol):
+    """What ``WayBack`` asks of ``mesh.build.manager.BuildManager``."""
+
+    def statuses(self) -> Sequence[BuildStatus]: ...
+    def can_roll_back(self, name: str, /) -> bool: ...
+    async def wait(self, attempt_id: int, /) -> Attempt: ...
+    async def rollback(self, name: str, /, *, why: str) -> BuiltVersion: ...
+
+
+class WayBack:
+    """Puts the version before in force again, once for each installation by this process, so that nothing flaps.
+
+    What it went back from is held by the manager. A version that was put in place by hand, or before this process
+    began, is for a hand to undo. *no_way_back* is told the key of each profile for which that was tried, in the end.
+    """
+
+    def __init__(self, builds: Builds, no_way_back: Callable[[str], None]) -> None:
+        self._builds = builds
+        self._no_way_back = no_way_back
+        self._installed: dict[str, str] = {}  #: by build, the binary that was installed since the last rollback
+        self._under_way: dict[str, asyncio.Task[None]] = {}  #: by build
+
+    def changed(self, name: str) -> None:
+        """Another version of build *name* is in force now. Other than a rollback, an installation is an attempt's."""
+        status = self._status(name)
+        self._installed.pop(name, None)
+        if status is not None and status.current is not None and status.current.stage is Stage.INSTALLING:
+            self._installed[name] = os.path.realpath(status.binary_path)
+
+    def ask(self, profile: Profile, reason: str) -> bool:
+        """Whether *profile*, which did not start, will get the version before (``mesh.engine.surroundings.GoBack``)."""
+        name = profile.engine_build or DEFAULT_BUILD
+        status, installed = self._status(name), self._installed.get(name)
+        if status is None or installed is None or not keys_of(profile.engine).has_builds or name in self._under_way:
+            return False
+        # while an attempt goes on, what is known of the disk may be older than what it has just installed
+        if status.current is None and not self._builds.can_roll_back(name):
+            return False
+        going_back = self._go_back(name, installed, profile, reason.partition("\n")[0])
+        self._under_way[name] = task = spawn(going_back, f"go back to the version before of {name}")
+        task.add_done_callback(lambda _: self._ended(name, profile))  # also if it was cancelled before it began
+        return True
+
+    def close(self) -> None:
+        """What has begun is carried out, if it can no longer be undone; else it is left."""
+        for task in self._under_way.values():
+            task.cancel()
+
+    def _ended(self, name: str, profile: Profile) -> None:
+        del self._under_way[name]
+        self._no_way_back(profile.key)  # says nothing to who was served meanwhile
+
+    async def _go_back(self, name: str, installed: str, profile: Profile, reason: str) -> None:
+        words = {"build": name, "binary": installed, "model": profile.id, "reason": reason}
+        try:
+            await self._free(name, installed)
+            back = await self._builds.rollback(name, why=f"{profile.id} did not start with it: {reason}")
+        except MeshError as error:
+            log.error("a model does not start with the new llama-server, and there is no way back", **words,
+                      why=error.message)  # fmt: skip
+        else:
+            log.error("a model did not start with the new llama-server: the version before is in force again", **words,
+                      commit=back.commit, back=back.binary)  # fmt: skip
+
+    async def _free(self, name: str, installed: str) -> None:
+        """Wait for the attempt that goes on, if any. Raise ``BuildError`` if *installed* is not to be undone then."""
+        status = self._status(name)
+        if status is not None and status.current is not None:
+            await self._builds.wait(status.current.id)
+        if (status := self._status(name)) is None or not self._builds.can_roll_back(name):
+            raise BuildError("there is no version to go back to")
+        if await asyncio.to_thread(os.path.realpath, status.binary_path) != installed:
+            raise BuildError(f"{status.binary_path} leads to another version by now")
+
+    def _status(self, name: str) -> BuildStatus | None:
+        return next((status for status in self._builds.statuses() if status.name == name), None)
+
+
 class Rebuilding:
     """The builds of a node while it runs. Made on the running loop; ``start`` once, ``close`` once."""
 
@@ -97,6 +178,8 @@ class Rebuilding:
             environ=lambda: own_env(environ),
             warden=warden,
         )
+        self._way_back = WayBack(self.manager, supervisor.no_way_back)
+        supervisor.go_back = self._way_back.ask
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -109,10 +192,12 @@ class Rebuilding:
         """Stop what is being built or tried out. To be called before the supervisor closes: a trial is a request."""
         for task in self._tasks:
             task.cancel()
+        self._way_back.close()
         await self.manager.close()
 
     def _on_installed(self, name: str) -> None:
         log.info("another llama-server is in force; instances are replaced one after the other", build=name)
+        self._way_back.changed(name)
         self._supervisor.engines_changed(name)
         self._installed()
 

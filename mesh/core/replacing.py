@@ -8,7 +8,8 @@ before that. What an old one takes says more than a guess: the copy must fit if 
 
 A drain that makes room for a successor names its own profile as the competitor if none of it serves then; whoever
 carries it out sees to it that the profile is waited for, and tells ``Snapshot.replacing`` until the successor is READY
-or was given up. It is, if its room is gone and no client waits for it.
+or was given up. It is, if its room is gone and no client waits for it. If it cannot be loaded, that speaks against its
+engine, and the one before is put in force again, if that is possible (``mesh.engine.successors``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from mesh.core.draft import Draft
+from mesh.core.exits import Cause
 from mesh.core.lifecycle import State
 from mesh.core.world import GOING, LIVE, Demand, Drain, InstanceView, Reason, Recipe, Vet
 
@@ -56,6 +58,14 @@ def still_to_come(keys: Collection[str], instances: Iterable[InstanceView], wait
 def makes_room(decision: Drain) -> bool:
     """Whether the successor is to be waited for: no other instance serves its profile meanwhile."""
     return decision.reason is Reason.ENGINE_REPLACED and decision.competitor is not None
+
+
+def speaks_against(engine: str, before: str | None, cause: Cause) -> bool:
+    """Whether a failed load is to be laid to *engine*, an identity: the one *before* it served, and made room for this.
+
+    None: no instance made room. What lacked memory may lack it with any engine.
+    """
+    return bool(engine and before) and engine != before and cause is not Cause.MEMORY
 
 
 def _under_way(draft: Draft) -> bool:

@@ -21,9 +21,10 @@ from mesh.engine import refusals
 from mesh.engine.abandoned import abandon
 from mesh.engine.instances import ActiveLease, Instance
 from mesh.engine.lease import Ticket, Waiter
-from mesh.engine.lives import Limits, Lives
+from mesh.engine.lives import Lives
 from mesh.engine.prewarm import unattended
 from mesh.engine.queues import ADMITTED, Place
+from mesh.engine.surroundings import Limits
 from mesh.errors import DrainingError, MeshError
 from mesh.logs import Log
 
@@ -86,16 +87,15 @@ class Dispatcher(Lives):
         if profile.max_queue and self._clients(profile.key) >= profile.max_queue:
             self._metrics.queue_drops_full += 1
             return refusals.queue_full(profile.id, profile.max_queue)
-        lonely = sum(place.open for place in self._successors.values())
-        if self.limits.max_total_queue and self._queues.total - lonely >= self.limits.max_total_queue:
+        clients = self._queues.total - self._successors.places
+        if self.limits.max_total_queue and clients >= self.limits.max_total_queue:
             self._metrics.queue_drops_global_limit += 1
             return refusals.node_queue_full(self.limits.max_total_queue)
         return None
 
     def _clients(self, key: str) -> int:
         """Return how many requests wait for *key*: a successor that only makes up for its predecessor is none."""
-        successor = self._successors.get(key)
-        return self._queues.length(key) - (successor is not None and successor.open)
+        return self._queues.length(key) - self._successors.has_place(key)
 
     def _grant(self, instance: Instance, waiter: Waiter, needs_slot: bool) -> None:
         """Count first, then tell: the count must be right whatever the waiter does next."""
@@ -122,11 +122,17 @@ class Dispatcher(Lives):
         if place.open:
             self._queues.remove(place)
             self._metrics.queue_drops_timeout += 1
-            mine = [i.view() for i in self._instances.values() if i.profile.key == place.key]
-            profile, waited_s = self.profile(place.key), self._loop.time() - place.since
-            known = None if profile is None else self._footprints.peek(profile)
-            name = place.key if profile is None else profile.id
-            self._refuse(place, refusals.queue_timeout(name, waited_s, mine, known, self.memory_report()))
+            self._refuse(place, self._timed_out(place))
+
+    def _timed_out(self, place: Place) -> MeshError:
+        """Return what *place* waited for in vain."""
+        now, profile = self._loop.time(), self.profile(place.key)
+        name = place.key if profile is None else profile.id
+        if self._successors.returns(place.key) and (failure := self._failures.get(place.key)) is not None:
+            return refusals.failed(name, failure, now)
+        mine = [i.view() for i in self._instances.values() if i.profile.key == place.key]
+        known = None if profile is None else self._footprints.peek(profile)
+        return refusals.queue_timeout(name, now - place.since, mine, known, self.memory_report())
 
     def _ended(self, lease: ActiveLease, abandoned: bool) -> None:
         instance = lease.instance
@@ -201,8 +207,8 @@ class Dispatcher(Lives):
             del self._ran_out[key]  # nobody waits for that load any more
         look_again_at = self.ledger.expire()
         world = self._snapshot()
-        for key in self._successors.keys() - world.replacing:
-            self._successors.pop(key).cancel()
+        for key in self._successors.keys - world.replacing:
+            self._successors.give_up(key)
         result = scheduler.plan(world)
         self._held = result.held
         self._tell_cramped(world, result.cramped)
@@ -228,22 +234,23 @@ class Dispatcher(Lives):
         wanted = waiting | {v.key for v in views if v.superseded}
         profiles = [p for key in {*waiting, *(v.key for v in views)} if (p := self.profile(key)) is not None]
         recipes = {p.key: self._recipe(p, wanted=p.key in wanted) for p in profiles}
-        replacing = still_to_come(self._successors, views, waiting)
+        replacing = still_to_come(self._successors.keys, views, waiting)
         views += ledger.ghosts.views()
         return Snapshot(self._loop.time(), ledger.capacity, recipes, views, demands, ledger.foreign, replacing,
                         ledger.spare_ram_mib())  # fmt: skip
 
     def _recipe(self, profile: Profile, *, wanted: bool) -> Recipe:
         fresh = self._footprints.fresh(profile)  # asked first: the need is then as fresh, whatever time it gets
+        returns = self._successors.returns(profile.key)  # what it needs with the engine before, nobody knows yet
         return Recipe(
             key=profile.key,
-            need=self.ledger.need(profile) if wanted else None,
+            need=self.ledger.need(profile) if wanted and not returns else None,
             fresh=fresh,
             max_instances=profile.max_instances,
             min_tenure_s=profile.min_tenure_s,
             idle_timeout_s=profile.idle_timeout_s,
             pinned=profile.pinned,
-            failing=self._failures.failing(profile.key),
+            failing=self._failures.failing(profile.key) and not returns,
             vetted=self._trust.passed(profile),
             vetting=self._trust.under_way(profile),
             turn_ended=self._turn_ended.get(profile.key, -inf),
@@ -270,15 +277,13 @@ class Dispatcher(Lives):
                     self._metrics.evictions_total += 1
                     self._turn_ended[instance.profile.key] = self._loop.time()
                 if makes_room(decision):
-                    self._await_successor(instance.profile.key)
+                    self._await_successor(instance)
                 self._step(instance, Event.DRAIN)
             case Forgo():
                 log.info("no room for the successor any more: the next request starts it", model=decision.key)
-                self._successors.pop(decision.key).cancel()
+                self._successors.give_up(decision.key)
             case Refuse():
-                error = self._refusal(decision)
-                for place in self._queues.pop_all(decision.key):
-                    self._refuse(place, error)
+                self._refuse_all(decision.key, self._refusal(decision))
 
     def _tell_cramped(self, world: Snapshot, cramped: frozenset[str]) -> None:
         """Say once for each profile that its old engine goes on, for want of room for the new one."""
@@ -287,10 +292,11 @@ class Dispatcher(Lives):
             log.warning("the old engine goes on: there is no room for an instance of the new one", model=key)
         self._cramped = (self._cramped | cramped) & superseded
 
-    def _await_successor(self, key: str) -> None:
-        """Start *key* again once there is room, without a request."""
+    def _await_successor(self, going: Instance) -> None:
+        """Start the profile of *going* again once there is room, without a request."""
+        key = going.profile.key
         place = Place(key, unattended(), self._loop.time(), needs_slot=False, on_cancel=self._cancelled)
-        self._successors[key] = place
+        self._successors.expect(place, going)
         self._queues.add(place)
 
     def _retries(self, world: Snapshot) -> list[float]:

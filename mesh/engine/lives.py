@@ -12,14 +12,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Protocol
 
 from mesh.config.profile import Catalog, Profile
 from mesh.core import lifecycle
-from mesh.core.budget import BudgetLimits
 from mesh.core.devices import Devices
 from mesh.core.exits import Cause
 from mesh.core.lifecycle import Effect, Event, State
@@ -36,6 +33,8 @@ from mesh.engine.ledger import CookbookFigures, Footprints, Ledger
 from mesh.engine.memory_report import MemoryReport
 from mesh.engine.queues import Place, Queues
 from mesh.engine.runner import Exited, Healthy, Report, Stalled
+from mesh.engine.successors import Successors
+from mesh.engine.surroundings import GoBack, Limits, TelemetryLike
 from mesh.engine.telemetry import Sample
 from mesh.engine.trust import Trust
 from mesh.errors import EngineMissingError, InstanceError, MeshError
@@ -46,26 +45,11 @@ from mesh.tasks import wall_time
 log = Log(__name__)
 
 
-class TelemetryLike(Protocol):
-    """What is asked of ``mesh.engine.telemetry.Telemetry``."""
-
-    def hurry(self) -> None: ...
-    def set_busy(self, busy: bool, /) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The node's limits."""
-
-    budget: BudgetLimits = field(default_factory=BudgetLimits)
-    max_total_queue: int = 0  #: waiting requests on the node; 0 = unlimited
-    kill_grace_s: float = 10.0  #: from SIGTERM to SIGKILL
-
-
 class Lives:
     """The only writer of instances and of the memory ledger. See the module docstring."""
 
     telemetry: TelemetryLike | None = None  #: set by the node once it runs
+    go_back: GoBack | None = None  #: set by whoever puts engines in force
 
     def __init__(
         self,
@@ -87,7 +71,7 @@ class Lives:
         self._trust = Trust(launcher, self._footprints, self._loop.time, self._vetted)
         self.first_sample = asyncio.Event()  #: set once telemetry has seen the machine
         self._hidden: dict[str, Profile] = {}  #: profiles of trials, by key, beside the catalog
-        self._successors: dict[str, Place] = {}  #: what waits for those whose old instance made room, by profile key
+        self._successors = Successors()
         self._one_trial = asyncio.Lock()
         self._turn_ended: dict[str, float] = {}  #: when a profile last lost an instance to another one
         self._ran_out: dict[str, Resources] = {}  #: where the last load ran out of memory, until the next one is judged
@@ -193,9 +177,8 @@ class Lives:
             case Stalled():
                 if instance.state is State.SPAWNING:
                     self._step(instance, Event.DEADLINE)
-                    self._trust.doubted(instance.profile)
                     tail = tuple(instance.runner.ring.tail(refusals.QUOTED_LINES))
-                    self._failed(instance.profile, "load", report.reason, tail, 0.0)
+                    self._load_failed(instance, Exited(None, report.reason, tail))
             case Exited():
                 self._exited(instance, report)
 
@@ -213,11 +196,7 @@ class Lives:
             self._trust.accepted(profile)  # its arguments were accepted, or it would not have got that far
             self._ran_out[profile.key] = instance.placed
         elif state is State.SPAWNING:
-            refused = report.returncode in kind_of(profile).usage_statuses
-            wrong = refused and report.cause is not Cause.MEMORY
-            reason = refusals.to_correct(report.reason, profile) if wrong else report.reason
-            self._trust.doubted(profile)
-            self._failed(profile, "load", reason, report.log_tail, lived_s)
+            self._load_failed(instance, report)
         else:
             self._metrics.crashes_total += 1
             self._failed(profile, "crash", report.reason, report.log_tail, lived_s)
@@ -245,18 +224,38 @@ class Lives:
             kind = "engine" if isinstance(complaint, EngineMissingError) else "load"
             self._failed(profile, kind, complaint.message, (), 0.0)
 
-    def _failed(self, profile: Profile, kind: str, reason: str, tail: tuple[str, ...], lived_s: float) -> None:
-        """Remember the failure; after a failed load nobody who waited for it goes on waiting (trap 19)."""
+    def _load_failed(self, instance: Instance, end: Exited) -> None:
+        """Its process ran, and did not get ready."""
+        profile = instance.profile
+        self._trust.doubted(profile)
+        wrong = end.returncode in kind_of(profile).usage_statuses and end.cause is not Cause.MEMORY
+        reason = refusals.to_correct(end.reason, profile) if wrong else end.reason
+        bad_engine = end.reason if self._successors.speaks_against_engine(instance, end.cause) else ""
+        self._failed(profile, "load", reason, end.log_tail, 0.0, bad_engine)
+
+    def _failed(
+        self, profile: Profile, kind: str, reason: str, tail: tuple[str, ...], lived_s: float, bad_engine: str = ""
+    ) -> None:
+        """Remember the failure. After a failed load nobody waits on (trap 19) but for the one before a *bad_engine*."""
         failure = self._failures.record(profile.key, kind, reason, tail, lived_s)
         self._ran_out.pop(profile.key, None)
         fields = {"kind": kind, "reason": reason, "failures_in_a_row": failure.count, "log_tail": list(tail)}
         log.error("instance failed", model=profile.id, **fields)
         if kind != "crash":
             self._metrics.spawn_failures_total += 1
-            if profile.key not in self._ready:
-                error = refusals.failed(profile.id, failure, self._loop.time())
-                for place in self._queues.pop_all(profile.key):
-                    self._refuse(place, error)
+            if profile.key not in self._ready and not (bad_engine and self._goes_back(profile, bad_engine)):
+                self._refuse_all(profile.key, refusals.failed(profile.id, failure, self._loop.time()))
+
+    def _goes_back(self, profile: Profile, reason: str) -> bool:
+        """Ask for the engine before; return whether *profile* will get it."""
+        if self._closing or self.go_back is None or not self.go_back(profile, reason):
+            return False
+        self._successors.begin_return(profile.key)
+        return True
+
+    def _refuse_all(self, key: str, error: MeshError) -> None:
+        for place in self._queues.pop_all(key):
+            self._refuse(place, error)
 
     def _refuse(self, place: Place, error: MeshError) -> None:
         if place.close():

@@ -18,6 +18,7 @@ from mesh.config.profile import Catalog, Profile
 from mesh.core.lifecycle import Event, State
 from mesh.core.resources import Resources, total
 from mesh.core.world import LIVE
+from mesh.engine import refusals
 from mesh.engine.dispatcher import Dispatcher, Limits
 from mesh.engine.failures import FailureInfo
 from mesh.engine.holders import fit_of, memory_only
@@ -87,12 +88,23 @@ class Supervisor(Dispatcher):
     def engines_changed(self, build: str | None = None) -> None:
         """An engine was installed, of *build* if that is named; what runs an old one is replaced in turn.
 
-        ``mesh.core.replacing`` says how.
+        ``mesh.core.replacing`` says how. What waited for the engine before is started with what is in force now.
         """
         self._watch.installed()
         self._footprints.forget_looks()
-        mine = (i for i in self._usual() if build in (None, i.profile.engine_build or DEFAULT_BUILD))
-        self._post(partial(self._take_engines, look(map(attrgetter("profile"), mine), self._launcher)))
+        returning = [p for p in map(self.profile, self._successors.returning) if p is not None]
+        profiles = (*map(attrgetter("profile"), self._usual()), *returning)
+        mine = [p for p in profiles if build in (None, p.engine_build or DEFAULT_BUILD)]
+        found = look(mine, self._launcher)
+        self._post(partial(self._take_engines, found))
+        self._post(partial(self._end_returns, mine, found))
+
+    def no_way_back(self, key: str) -> None:
+        """After ``go_back`` said yes: the engine before is not in force. Who waits for *key* is told of the failure.
+
+        Does nothing if ``engines_changed`` was called since.
+        """
+        self._post(partial(self._give_up_return, key))
 
     async def look_at_engines(self) -> None:
         """As ``engines_changed``, for what somebody else replaced (trap 93): to be called every few seconds."""
@@ -116,6 +128,23 @@ class Supervisor(Dispatcher):
             if instance.superseded:
                 self._trust.engine_replaced(instance.profile, engine.identity)
 
+    def _end_returns(self, profiles: list[Profile], found: Found) -> None:
+        """What failed with the bad engine says nothing of what would run *profiles* now."""
+        for profile in profiles:
+            if (before := self._successors.end_return(profile.key)) is None:
+                continue
+            self._failures.forget(profile.key)
+            if (engine := found.get(profile.key)) is None or engine.identity == before:
+                self._trust.engine_is_back(profile)
+            else:
+                self._trust.engine_replaced(profile, engine.identity)
+
+    def _give_up_return(self, key: str) -> None:
+        over, profile = self._successors.end_return(key) is None, self.profile(key)
+        failure = self._failures.get(key)  # none if its profile was edited since: that is worth a try
+        if not over and profile is not None and failure is not None:
+            self._refuse_all(key, refusals.failed(profile.id, failure, self._loop.time()))
+
     async def prewarm(
         self, profile: Profile, *, wait: bool = True, deadline: float | None = None
     ) -> InstanceInfo | None:
@@ -125,8 +154,8 @@ class Supervisor(Dispatcher):
 
     def unload(self, key: str | None) -> int:
         """Drain the instances of *key* (all, if None); return how many were told to."""
-        for successor in [k for k in self._successors if key in (None, k)]:
-            self._successors.pop(successor).cancel()
+        for successor in [k for k in self._successors.keys if key in (None, k)]:
+            self._successors.give_up(successor)
         mine = [i for i in self._instances.values() if key in (None, i.profile.key) and i.state in LIVE]
         for instance in mine:
             self._post(partial(self._step, instance, Event.DRAIN))
@@ -210,8 +239,7 @@ class Supervisor(Dispatcher):
     def _stop_all(self) -> None:
         self._stopped = True
         for key in self._queues.keys:
-            for place in self._queues.pop_all(key):
-                self._refuse(place, DrainingError("Node is draining for shutdown"))
+            self._refuse_all(key, DrainingError("Node is draining for shutdown"))
         for instance in list(self._instances.values()):
             self._step(instance, Event.DRAIN)
             if instance.state is State.DRAINING:

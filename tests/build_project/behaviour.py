@@ -31,6 +31,7 @@ class Behaviour:
     chatter_lines: int = 0  #: cmake says so many lines "chatter N" while it configures
     missing_library: bool = False  #: the server is linked to a library that is gone when it is to run
     output_name: str = "llama-server"  #: of the binary in <build>/bin
+    cannot_load: str = ""  #: the server aborts when it is to load a model of this file name, and runs with all others
 
     def cmake(self) -> str:
         """Return ``CMakeLists.txt``."""
@@ -108,8 +109,10 @@ def _server(faults: Mapping[str, object], behaviour: Behaviour) -> str:
     """Return a C program that becomes Python with the fake server and *faults* in its environment."""
     settings = [f"  setenv({_c(f'FAKE_{name.upper()}')}, {_c(str(value))}, 1);" for name, value in faults.items()]
     use = "  library();" if behaviour.missing_library else ""
+    use += _abort_at(behaviour.cannot_load) if behaviour.cannot_load else ""
     return f"""#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 int library(void);
@@ -127,6 +130,20 @@ int main(int argc, char **argv) {{
   return 127;
 }}
 """
+
+
+def _abort_at(file_name: str) -> str:
+    """Return C that aborts before anything listens if *file_name* is to be loaded, but not if only asked a question."""
+    return f"""  int loads = 0;
+  for (int n = 1; n < argc; n++) {{
+    if (!strcmp(argv[n], "--version") || !strcmp(argv[n], "--help")) {{ loads = 0; break; }}
+    char *name = strrchr(argv[n], '/');
+    if (name && !strcmp(name + 1, {_c(file_name)})) loads = 1;
+  }}
+  if (loads) {{
+    fprintf(stderr, "GGML_ASSERT(fits) failed as asked\\n");
+    abort();
+  }}"""
 
 
 def _c(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,30 @@ from tests.e2e.harness import Models, Node, cookbook, eventually, profile
 
 ARGS = "-c 4096 -np 2"
 ENDED_S = 90.0
+
+
+class Traffic:
+    """Requests one after the other, from several clients, while something happens."""
+
+    def __init__(self, node: Node, clients: int = 3) -> None:
+        self.statuses: list[int] = []
+        self._node = node
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
+
+    def __enter__(self) -> Traffic:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _ask(self) -> None:
+        while not self._over.is_set():
+            self.statuses.append(self._node.chat("alpha", max_tokens=4).status_code)
 
 
 def settings(repository: Repository, at: Path, **keys: Any) -> dict[str, Any]:

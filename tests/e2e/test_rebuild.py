@@ -9,33 +9,9 @@ from pathlib import Path
 
 from tests.build_project import Repository
 from tests.e2e import builds
-from tests.e2e.builds import build, ended, order, rebuild, refused, replaced
+from tests.e2e.builds import Traffic, build, ended, order, rebuild, refused, replaced
 from tests.e2e.conftest import StartNode
-from tests.e2e.harness import Models, Node, cookbook, eventually, profile
-
-
-class Traffic:
-    """Requests one after the other, from several clients, while something happens."""
-
-    def __init__(self, node: Node, clients: int = 3) -> None:
-        self.statuses: list[int] = []
-        self._node = node
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
-
-    def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join(60)
-
-    def _ask(self) -> None:
-        while not self._over.is_set():
-            self.statuses.append(self._node.chat("alpha", max_tokens=4).status_code)
+from tests.e2e.harness import Models, cookbook, eventually, profile
 
 
 def test_the_first_build_takes_over_from_the_installed_engine(

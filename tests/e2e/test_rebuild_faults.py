@@ -10,7 +10,7 @@ import pytest
 
 from tests.build_project import Repository, small_disk
 from tests.e2e import builds
-from tests.e2e.builds import build, ended, order, rebuild, replaced
+from tests.e2e.builds import Traffic, build, ended, order, rebuild, replaced
 from tests.e2e.conftest import StartNode
 from tests.e2e.harness import Models, Node, cookbook, eventually, profile
 
@@ -183,3 +183,30 @@ def test_a_canary_on_a_model_of_the_cookbook(
     assert node.instance("alpha")["pid"] != before["pid"]
     assert [i["key"] for i in node.instances()] == ["alpha:default"]  # the trial is over
     assert old != good
+
+
+def test_a_build_that_cannot_load_a_model_which_does_not_fit_twice(
+    models: Models, start_node: StartNode, repository: Repository, tmp_path: Path
+) -> None:
+    """It is well on the tiny model, and ours had to go before it could be tried: the version before comes back."""
+    old = repository.commit()
+    at = tmp_path / "made"
+    llama_cpp = builds.settings(repository, at, auto_update_interval_seconds=1)
+    config = {"llama_cpp": llama_cpp, "max_instances_per_node": 1}
+    node = builds.start(start_node, models, repository, at, config)
+    before = node.prewarm("alpha")
+    with Traffic(node) as traffic:
+        bad = repository.commit(cannot_load="alpha.gguf")
+        held = eventually(lambda: build(node)["held"], within_s=builds.ENDED_S, every_s=0.1, what="a commit is held")
+        after = replaced(node, old)
+        served = len(traffic.statuses)
+        eventually(lambda: len(traffic.statuses) > served + 5)
+        eventually(lambda: build(node)["last"]["outcome"] == "skipped", what="it is left alone from then on")
+    assert set(traffic.statuses) == {200}
+    assert held == {bad: "alpha did not start with it: GGML_ASSERT(fits) failed as asked "
+                         "(llama-server ended by itself: aborted)"}  # fmt: skip
+    assert_old_one_serves(node, after, old)
+    assert after["pid"] != before["pid"]
+    assert node.log("the version before is in force again")
+    good = repository.commit(say="mended")
+    replaced(node, good)
