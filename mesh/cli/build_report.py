@@ -47,7 +47,8 @@ def headline(attempt: Attempt) -> str:
         case Outcome.DISABLED:
             return "nothing is configured to be built"
         case Outcome.SKIPPED:
-            return f"{commit} was skipped: {error}"
+            why = "; ".join(attempt.get("notes") or ()) or error  # nothing went wrong, so it has no error
+            return f"{commit} was skipped: {why}"
         case Outcome.FAILED:
             return f"{attempt['stage']} failed: {error}"
         case _:
@@ -64,12 +65,13 @@ def fix(attempt: Attempt) -> str:
         case Outcome.REJECTED:
             return "What ran before runs on. How much speed a build may lose is max_slowdown in config.yaml."
         case Outcome.FAILED | Outcome.CANCELLED:
-            return f"What ran before runs on. '{_rebuild(name)}' tries it again."
+            return f"What ran before runs on. '{rebuild_command(name)}' tries it again."
         case _:
             return "'llama-mesh builds' shows what there is."
 
 
-def _rebuild(name: str) -> str:
+def rebuild_command(name: str) -> str:
+    """Return the command that builds *name*, or watches it being built."""
     return "llama-mesh rebuild" + ("" if name == DEFAULT_BUILD else f" {name}")
 
 
@@ -94,15 +96,16 @@ def _exit(status: int) -> str:
 
 
 def print_speeds(attempt: Attempt) -> None:
-    """Print the speeds of old and new, and the notes."""
+    """Print the speeds of old and new, and the notes that ``headline`` does not have."""
     rows = [
         [c["model"], *(_change(c["old"], c["new"], key) for key in ("prefill_tps", "decode_tps"))]
         for c in attempt.get("comparisons") or ()
     ]
     if rows:
         print_table(["TOKENS/S", "PREFILL", "DECODE"], rows)
-    for note in attempt.get("notes") or ():
-        print(f"note: {note}")
+    if attempt.get("outcome") != Outcome.SKIPPED:
+        for note in attempt.get("notes") or ():
+            print(f"note: {note}")
 
 
 def _change(old: Mapping[str, float] | None, new: Mapping[str, float], key: str) -> str:
@@ -177,7 +180,7 @@ def _print_news(name: str, status: Mapping[str, Any], now_wall: float) -> None:
         done, total = current.get("done"), current.get("total")
         count = "" if done is None or total is None else f" {done}/{total}"
         for_s = clock(max(0.0, now_wall - current["started_at_wall"]))
-        watch = _rebuild(status["name"])
+        watch = rebuild_command(status["name"])
         lines.append(Text(f"{name}: {current['stage']}{count}, for {for_s}; '{watch}' watches it"))
     elif (last := status.get("last")) is not None and last.get("error") and not is_good(last):
         ago = duration(max(0.0, now_wall - last["ended_at_wall"]))

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -109,10 +110,16 @@ class BuildView:
         self._say(line)
 
     def catch_up(self, tail: Sequence[str]) -> None:
-        """Show those of the newest lines that are not shown yet: all after the last one that is."""
-        last = self._lines[-1] if self._lines else None
-        shown = next((i for i in reversed(range(len(tail))) if tail[i] == last), -1)
-        for line in tail[shown + 1 :]:
+        """Show those of the newest lines that are not shown yet: all after where *tail* looks most like what is shown.
+
+        One line does not tell where that is: a compiler says the same more than once.
+        """
+        shown = list(self._lines)
+        start = most = 0
+        for end in range(1, len(tail) + 1):
+            if (same := _common_end(tail[:end], shown)) and same >= most:
+                start, most = end, same
+        for line in tail[start:]:
             self.log(line)
 
     def problem(self, text: str | None) -> None:
@@ -143,6 +150,11 @@ class BuildView:
         text.expand_tabs(4)
         text.truncate(max(1, self._console.width - len(" ^C")), overflow="ellipsis")
         return text
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many lines at their ends are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False)))
 
 
 def _bar(row: _Row) -> ProgressBar:

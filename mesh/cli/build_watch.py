@@ -117,7 +117,8 @@ def _is_same(one: Attempt, other: Attempt) -> bool:
 def poll(found: Node, node: str, attempts: Mapping[str, Attempt], view: BuildView) -> dict[str, Attempt]:
     """Return the *attempts* of other nodes, by node, as they ended; *node* is one of them, or ``"*"``.
 
-    One that cannot be known any more ends with outcome "unknown" and the reason as its error.
+    One that cannot be known any more ends with outcome "unknown" and the reason as its error. Lines of logs are shown
+    if it is one node: those of several would be a muddle.
     """
     latest = dict(attempts)
     missed = dict.fromkeys(latest, 0)
@@ -128,6 +129,8 @@ def poll(found: Node, node: str, attempts: Mapping[str, Attempt], view: BuildVie
         for name in left:
             latest[name], missed[name] = _heard(said.get(name), latest[name], missed[name])
             view.tell(name, latest[name], elapsed_s=_elapsed_s(said.get(name), latest[name]))
+            if node != everywhere.ALL_NODES and latest[name].get("outcome") is None:
+                view.catch_up(latest[name].get("log_tail") or ())
         silent = [name for name in left if missed[name]]
         view.problem(f"no answer from {', '.join(silent)}; asking again" if silent else None)
         if any(latest[name].get("outcome") is None for name in left):

@@ -10,7 +10,16 @@ from typing import Any
 from rich.text import Text
 
 from mesh.cli import everywhere, node
-from mesh.cli.build_report import fix, headline, is_good, print_builds, print_speeds, print_tail, short
+from mesh.cli.build_report import (
+    fix,
+    headline,
+    is_good,
+    print_builds,
+    print_speeds,
+    print_tail,
+    rebuild_command,
+    short,
+)
 from mesh.cli.build_view import Attempt, BuildView
 from mesh.cli.build_watch import follow, poll
 from mesh.cli.failure import FAILED, INTERRUPTED, OK, USAGE, CliError
@@ -23,7 +32,7 @@ _BUSY = 409
 
 
 def rebuild(arguments: argparse.Namespace) -> int:
-    """Start a build and watch it to its end; one that is in progress already is watched instead."""
+    """Start a build and watch it to its end, or one in progress that does for what was asked (see ``_will_do``)."""
     if arguments.cancel:
         return _cancel(arguments)
     found = node.find(arguments)
@@ -56,7 +65,7 @@ def _order(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _started(found: node.Node, arguments: argparse.Namespace) -> Attempt:
-    """Return the attempt that was started, or the one that was going on."""
+    """Return the attempt that was started, or the one that was going on. Raise ``CliError`` if that will not do."""
     try:
         attempt = found.post("/admin/rebuild-llama", _order(arguments))["attempt"]
     except CliError as error:
@@ -65,6 +74,9 @@ def _started(found: node.Node, arguments: argparse.Namespace) -> Attempt:
         running = _running(found, arguments)
         if running is None:  # another process on that machine, or it has ended meanwhile
             raise
+        if not _will_do(running, arguments):
+            next_step = _how_to_go_on(running, "" if arguments.node is None else f" --node {arguments.node}")
+            raise CliError(_another(running), fix=next_step, http_status=_BUSY, answer=error.answer) from error
         stderr_console().print(_in_progress(running), markup=False, soft_wrap=True)
         return running
     if attempt is None:
@@ -76,6 +88,26 @@ def _in_progress(running: Attempt) -> str:
     return f"a rebuild of {running['build']} is in progress already ({running['trigger']}); this is it:"
 
 
+def _will_do(running: Attempt, arguments: argparse.Namespace) -> bool:
+    """Whether to watch *running* is what was asked for: who names a ref, or forces, must not hear of another build."""
+    return not arguments.force and arguments.branch in (None, running.get("ref"))
+
+
+def _another(running: Attempt) -> str:
+    parts = (f"attempt {running['id']}", running["trigger"], running.get("ref"))
+    which = ", ".join(str(part) for part in parts if part)
+    return (
+        f"another rebuild of {running['build']} is in progress ({which}: {running['stage']}); "
+        "what was asked for has not started"
+    )
+
+
+def _how_to_go_on(running: Attempt, where: str) -> str:
+    """Return what to do about *running*; *where* is the flag that names its node."""
+    command = rebuild_command(running["build"]) + where
+    return f"Wait until it has ended ('{command}' watches it) or stop it ('{command} --cancel'), then ask again."
+
+
 def _running(found: node.Node, arguments: argparse.Namespace) -> Attempt | None:
     picture = found.post("/admin/builds", everywhere.target(arguments))
     return _current(picture, arguments.name)
@@ -83,7 +115,7 @@ def _running(found: node.Node, arguments: argparse.Namespace) -> Attempt | None:
 
 def _current(picture: Mapping[str, Any], name: str | None) -> Attempt | None:
     wanted = name or DEFAULT_BUILD
-    current: Attempt | None = next((b["current"] for b in picture["builds"] if b["name"] == wanted), None)
+    current: Attempt | None = next((b["current"] for b in picture.get("builds", ()) if b["name"] == wanted), None)
     return current
 
 
@@ -130,8 +162,6 @@ def _where(arguments: argparse.Namespace, build: str) -> str:
 def _rebuild_everywhere(found: node.Node, arguments: argparse.Namespace) -> int:
     answer = everywhere.post(found, "/admin/rebuild-llama", _order(arguments))
     attempts, refusals = _sorted(found, arguments, answer["nodes"])
-    if not attempts:
-        refusals = dict(answer["nodes"])
     if not arguments.no_wait and attempts:
         try:
             with BuildView(as_json=arguments.json) as view:
@@ -153,14 +183,21 @@ def _rebuild_everywhere(found: node.Node, arguments: argparse.Namespace) -> int:
 def _sorted(
     found: node.Node, arguments: argparse.Namespace, said: Mapping[str, Any]
 ) -> tuple[dict[str, Attempt], dict[str, Any]]:
-    """Return the attempts to watch, and what the other nodes said; those that are busy are watched, too."""
+    """Return the attempts to watch, and what the other nodes said; those that are busy are watched if that will do."""
     attempts = {name: answer["attempt"] for name, answer in said.items() if answer.get("attempt") is not None}
-    busy = [name for name, answer in said.items() if answer.get("type") == "conflict"]
+    refusals = {name: answer for name, answer in said.items() if name not in attempts}
+    busy = [name for name, answer in refusals.items() if answer.get("type") == "conflict"]
     if busy and not arguments.no_wait:
         pictures = everywhere.post(found, "/admin/builds", {"node": everywhere.ALL_NODES})["nodes"]
-        running = {name: _current(pictures.get(name) or {"builds": []}, arguments.name) for name in busy}
-        attempts.update({name: attempt for name, attempt in running.items() if attempt is not None})
-    return attempts, {name: answer for name, answer in said.items() if name not in attempts}
+        for name in busy:
+            running = _current(pictures.get(name) or {}, arguments.name)
+            if running is not None and _will_do(running, arguments):
+                attempts[name] = running
+                del refusals[name]
+            elif running is not None:
+                text = f"{_another(running)}. {_how_to_go_on(running, f' --node {name}')}"
+                refusals[name] = {**refusals[name], "message": text}
+    return attempts, refusals
 
 
 def _print_everywhere(

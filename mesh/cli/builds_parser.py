@@ -18,7 +18,8 @@ examples:
 
 The node serves all the while. A new llama-server must load a tiny model, answer, stream and stop, and be about as
 fast as the one before (max_slowdown); else it is not installed. Once it is, instances are replaced one by one as
-their requests end. If a rebuild is in progress already, that one is watched. Ctrl-C ends the watching only.
+their requests end. If a rebuild is in progress already, that one is watched; with --force, or if it builds something
+else than --branch says, that is an error. Ctrl-C ends the watching only.
 
 --branch takes what is on a branch or tag of repo_url, on this node only; llama_cpp.branch may name anything else, too.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mesh.build.status import Comparison, Outcome, Speed, Stage
 from mesh.cli.build_report import fix, headline, is_good, print_builds, print_speeds, print_tail
+from tests.build.project import BROKEN, Project, bench, spec_in, until
 from tests.cli.build_node import picture
 from tests.fakes_builds import COMPARISON, NEW, OLD, STARTED_AT, attempt, ended, status, version
 
@@ -18,7 +21,6 @@ from tests.fakes_builds import COMPARISON, NEW, OLD, STARTED_AT, attempt, ended,
     [
         (Outcome.INSTALLED, True, "0f1e2d3c4 (master) is installed after 8:12; instances are replaced"),
         (Outcome.UNCHANGED, True, "0f1e2d3c4 (master) runs already; nothing was changed"),
-        (Outcome.SKIPPED, False, "0f1e2d3c4 (master) was skipped: [why]"),
         (Outcome.DISABLED, False, "nothing is configured to be built"),
         (Outcome.REJECTED, False, "0f1e2d3c4 (master) was built, but rejected: [why]"),
         (Outcome.FAILED, False, "compiling failed: [why]"),
@@ -32,8 +34,28 @@ def test_every_outcome_has_a_sentence(outcome: Outcome, good: bool, said: str) -
     assert good or fix(found)
 
 
+async def test_why_one_was_skipped_as_a_node_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reason is a note, not an error: nothing went wrong."""
+    project = Project(tmp_path / "upstream")
+    commit = project.commit(BROKEN)
+    async with bench(spec_in(tmp_path, project)) as node:
+        assert (await node.rebuild()).outcome is Outcome.FAILED
+        events = node.manager.subscribe()
+        node.manager.start()
+        event = await asyncio.wait_for(until(aiter(events), "ended"), 30)
+    skipped: Any = event.data["attempt_state"]
+    assert skipped["outcome"] == "skipped"
+    why = f"{commit[:9]} (master) was skipped: {commit[:7]} is held back (command failed (exit status: "
+    assert headline(skipped).startswith(why)
+    assert headline(skipped).endswith("; llama-mesh rebuild default tries it again")
+    assert not is_good(skipped)
+    print_speeds(skipped)
+    assert capsys.readouterr().out == "", "the note has been told"
+
+
 def test_what_is_not_known_is_left_out() -> None:
     assert headline(asdict(ended(Outcome.FAILED))) == "compiling failed: no reason was given"
+    assert headline(asdict(ended(Outcome.SKIPPED))).endswith("was skipped: no reason was given")
     assert headline(asdict(ended(Outcome.UNCHANGED, ref=None))) == "- runs already; nothing was changed"
 
 

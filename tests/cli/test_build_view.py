@@ -171,6 +171,17 @@ def test_catching_up_shows_no_line_twice() -> None:
     assert file.getvalue().split() == ["a", "b", "c", "d", "x", "y"]
 
 
+def test_catching_up_where_lines_come_more_than_once() -> None:
+    """The last line shown may be in the tail again, as a new one."""
+    file = io.StringIO()
+    view = BuildView(as_json=False, console=Console(file=file, width=40))
+    lines = ["warning:", "a", "warning:", "b", "warning:", "c"]
+    for end in range(1, len(lines) + 1):
+        view.catch_up(lines[:end])
+    view.catch_up([*lines[2:], "d", "c"])
+    assert file.getvalue().split() == [*lines, "d", "c"]
+
+
 def test_with_json_in_a_pipe_there_is_nothing() -> None:
     file = io.StringIO()
     with BuildView(as_json=True, console=Console(file=file, width=40)) as view:

@@ -216,6 +216,29 @@ def test_another_node_is_asked_until_it_has_ended(
     ]  # fmt: skip
 
 
+def test_the_lines_of_another_node_are_shown_as_its_tail_moves_on_each_once(
+    builder: BuildNode, view: BuildView, shown: io.StringIO
+) -> None:
+    lines = [f"[{number}/60] CC" for number in range(60)]
+    tails = [lines[:2], lines[:2], lines[:40], lines[20:]]
+    going = [(200, picture(status(current=attempt(log_tail=tuple(tail))))) for tail in tails]
+    last = (200, picture(status(last=ended(Outcome.FAILED, log_tail=("error: one",)))))
+    builder.answers[BUILDS] = [*going[:2], (502, {}), *going[2:], last]
+    poll(Node(builder.url), "gpu2", {"gpu2": asdict(attempt())}, view)
+    told_of = ["no answer from gpu2; asking again"]
+    assert shown.getvalue().splitlines() == [
+        "gpu2: fetching", *lines[:2], *told_of, *lines[2:], "gpu2: failed"
+    ], "those of a failure are told at the end"  # fmt: skip
+
+
+def test_the_lines_of_several_nodes_are_not_mixed(builder: BuildNode, view: BuildView, shown: io.StringIO) -> None:
+    going = picture(status(current=attempt(log_tail=("a line",))))
+    over = picture(status(last=ended(Outcome.INSTALLED)))
+    builder.answers[BUILDS] = [pictures(gpu1=going, gpu2=going), pictures(gpu1=over, gpu2=over)]
+    poll(Node(builder.url), "*", {name: asdict(attempt()) for name in ("gpu1", "gpu2")}, view)
+    assert "a line" not in shown.getvalue()
+
+
 def test_all_nodes_are_asked_at_once_each_to_its_own_end(builder: BuildNode, view: BuildView) -> None:
     going = picture(status(current=attempt()))
     builder.answers[BUILDS] = [
