@@ -11,6 +11,7 @@ tries again, there or elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ def adapted(adapter: FormAdapter, route: Route, received: ReceivedForm, profile:
 class FormExchange(Exchange):
     """See the module."""
 
-    __slots__ = ("_came", "_collector", "_lines_before", "_ordered", "_received", "_sent_again", "_upload")
+    __slots__ = ("_came", "_collector", "_lines_before", "_ordered", "_over", "_received", "_sent_again", "_upload")
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class FormExchange(Exchange):
         self._upload = upload
         self._collector: AnswerCollector | None = None  # of an adapted form, while its answer comes
         self._lines_before = 0  # in the instance's log
+        self._over: Callable[[], None] | None = None  # tells the instance that has an adapted form that it may go
 
     # --- there
 
@@ -111,8 +113,16 @@ class FormExchange(Exchange):
         self.request = replace(self.request, forward=fields)
         self._take_body(upload)
         self._collector = AnswerCollector()
+        self._is_over()
+        self._over = endpoint.begin_upload()
         endpoint.log_tail(0)  # what is on its way by now belongs to earlier requests
         self._lines_before = endpoint.log_lines()
+
+    def _is_over(self) -> None:
+        """The instance has answered, or was lost, or nobody wants its answer. Idempotent."""
+        over, self._over = self._over, None
+        if over is not None:
+            over()
 
     def _take_body(self, upload: Upload) -> None:
         self.bytes_in = upload.length
@@ -176,6 +186,7 @@ class FormExchange(Exchange):
         super()._check_progress(now, moved + came, waits_for_client)
 
     def upstream_lost(self, error: Exception | None) -> None:
+        self._is_over()
         collector = self._collector
         if collector is not None and error is None and not self._cut_by_us and collector.end():
             self._collected(collector)
@@ -184,6 +195,7 @@ class FormExchange(Exchange):
 
     def _collected(self, collector: AnswerCollector) -> None:
         """The instance has answered in full: done with it, tell the client."""
+        self._is_over()
         connection, self._upstream = self._upstream, None
         if connection is not None:
             if collector.reusable and connection.sent:
@@ -216,6 +228,7 @@ class FormExchange(Exchange):
 
     def _end(self, status: int, error: str | None, now: float) -> None:
         super()._end(status, error, now)
+        self._is_over()
         self._release()
         self._collector = None
 

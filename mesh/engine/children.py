@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from mesh.config.llama_args import flag_value
 from mesh.config.profile import Profile
@@ -24,6 +26,12 @@ def fixed_port(profile: Profile) -> int | None:
     if not re.fullmatch(r"\d{1,5}", text) or not 0 < int(text) < 65536:
         raise ConfigError(f"profile {profile.key}: --port {text} is not a port; use 1-65535, or leave --port out")
     return int(text)
+
+
+def files_root(profile: Profile) -> Path | None:
+    """Return where the profile's arguments want the files of its conversions; None leaves it to the node."""
+    text = flag_value(profile.args, ("--tmp-dir",)) if profile.convert else None
+    return Path(os.path.abspath(os.path.expanduser(text))) if text else None
 
 
 def own_env(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """What may differ from one kind of engine to another, as types. The kinds themselves: ``mesh.engine.kinds``.
 
 Each engine has one file (``llama.py``, ``whisper.py``) that fills in an ``EngineKind``; nothing else on this node asks
-which engine a profile has. Of other nodes' models it is told what they can do (``mesh.net.peers.engine_of``). Data where data will do, a function where it will not.
+which engine a profile has. Of other nodes' models it is told what they can do (``mesh.net.peers.engine_of``). Data
+where data will do, a function where it will not.
 """
 
 from __future__ import annotations

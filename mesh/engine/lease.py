@@ -31,6 +31,9 @@ class Endpoint:
     log_tail: Callable[[int], list[str]] = lambda count: []
     #: how many lines its log has had so far: what came since is ``log_tail(log_lines() - before)``
     log_lines: Callable[[], int] = lambda: 0
+    #: called right before a form is sent there; it returns what to call, once, when that request is over, however it
+    #: ended: from then on the instance's files of it may go
+    begin_upload: Callable[[], Callable[[], None]] = lambda: _nothing
     keeps_alive: bool = field(init=False)  #: False: one request for each connection
     adapter: FormAdapter | None = field(init=False)  #: of forms for it; None = they are passed on as they are
 
@@ -43,6 +46,10 @@ class Endpoint:
         self.alive = False
         while self.closers:
             self.closers.pop()()
+
+
+def _nothing() -> None:
+    """What the end of an upload calls for where it leaves nothing."""
 
 
 class Target(Protocol):

@@ -2,11 +2,12 @@
 
 Owns the process and tells the supervisor what happens to it, through ``report``, always on the event loop: at most one
 ``Healthy`` or ``Stalled``, then exactly one ``Exited`` (none if ``start`` raised). Never decides anything: a stalled
-instance is only reported, and it lives until the supervisor says ``terminate`` or ``kill``.
+instance is only reported, and it lives until the supervisor says ``terminate`` or ``kill``. One exception: an instance
+that served and finds another listener on its port is killed at once, and that is its crash.
 
 An instance is ready when GET /health says 200 while the process is alive and /props names our model file; never because
 of a log line (trap 94). A foreign server on our port therefore cannot pass for ours (trap 26). An engine that has no
-/props, or lets others listen on its port, is the only one that listens there.
+/props, or lets others listen on its port, is the only one that listens there, and stays so (upkeep.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mesh.config.profile import Profile
 from mesh.core.exits import Cause, classify, describe_exit
 from mesh.engine import flags
 from mesh.engine.assignment import Assignment
-from mesh.engine.children import LOOPBACK, fixed_port
+from mesh.engine.children import LOOPBACK, files_root, fixed_port
 from mesh.engine.kind import UNASSIGNED, Command
 from mesh.engine.kinds import kind_of
 from mesh.engine.lease import Endpoint
@@ -32,14 +33,14 @@ from mesh.engine.locate import EngineBinary, Engines
 from mesh.engine.model_file import model_bytes, other_model
 from mesh.engine.probe import Prober
 from mesh.engine.stall import StallClock, silence_limit_s
+from mesh.engine.upkeep import Upkeep, strangers_on
 from mesh.engine.vetting import complaint
 from mesh.errors import InstanceError
-from mesh.host.listeners import others_listen
 from mesh.host.logring import LogRing
-from mesh.host.memory import sample_tree_async, tree_pids
+from mesh.host.memory import sample_tree_async
 from mesh.host.ports import PortAllocator
 from mesh.host.process import Process
-from mesh.host.scratch import Scratch
+from mesh.host.scratch import Leftovers, Scratch
 from mesh.host.warden import Warden
 from mesh.logs import Log
 
@@ -50,8 +51,6 @@ SLOWEST_PROBE_S: Final = 0.25
 SHORTEST_PAUSE_S: Final = 0.01
 #: between two samples of what the process tree does; only taken while there is no output
 SAMPLE_EVERY_S: Final = 1.0
-#: how often the directory of an instance is looked through for what it forgot there
-SWEEP_EVERY_S: Final = 600.0
 #: how often a child that is ready is asked for its properties before it counts as one that has none
 PROPERTIES_TRIES: Final = 3
 #: lines of the log that a report carries
@@ -97,6 +96,16 @@ class Host:
     warden: Warden = field(default_factory=Warden)
     prober: Prober = field(default_factory=Prober)
     scratch: Scratch = field(default_factory=Scratch)
+    elsewhere: dict[Path, Scratch] = field(default_factory=dict)  #: where profiles want theirs
+
+    def scratch_for(self, profile: Profile) -> Scratch:
+        """Return where an instance of *profile* gets its directory."""
+        if (root := files_root(profile)) is None:
+            return self.scratch
+        if root not in self.elsewhere:
+            self.elsewhere[root] = made = Scratch.below(root)
+            tasks.spawn(asyncio.to_thread(made.clear), f"clear {root}")
+        return self.elsewhere[root]
 
 
 class Runner:
@@ -123,6 +132,8 @@ class Runner:
         self._host = host
         self._kind = kind_of(profile)
         self._directory: Path | None = None  #: the instance's own, if its engine needs one
+        self._upkeep = Upkeep(instance_id, None)
+        self._condemned: str | None = None  #: why it was killed without having been told to stop
         self._process: Process | None = None
         self.endpoint.log_tail, self.endpoint.log_lines = self._log_tail, lambda: self.ring.count
         self._readiness: asyncio.Task[None] | None = None
@@ -160,7 +171,9 @@ class Runner:
 
     def _start_process(self, engine: EngineBinary, port: int) -> Command:
         if self._kind.needs_directory:
-            self._directory = self._host.scratch.take(self.instance_id)
+            self._directory = self._host.scratch_for(self.profile).take(self.instance_id)
+            self._upkeep = Upkeep(self.instance_id, Leftovers(self._directory))
+            self.endpoint.begin_upload = self._upkeep.begin_upload
         command = self._kind.command(self.profile, engine, port, assignment=self.assignment, directory=self._directory)
         self._process = Process.start(
             command.argv,
@@ -174,7 +187,7 @@ class Runner:
 
     def _remove_directory(self) -> None:
         if self._directory is not None:
-            scratch, directory, self._directory = self._host.scratch, self._directory, None
+            scratch, directory, self._directory = self._host.scratch_for(self.profile), self._directory, None
             left = scratch.put_away(directory)
             # off the loop: an upload that was being converted is as large as uploads may be
             tasks.spawn(asyncio.to_thread(scratch.give_back, left), f"directory of {self.instance_id}")
@@ -221,48 +234,49 @@ class Runner:
         self._remove_directory()
         asked, words = self._told_to_stop, self._kind.last_words(self.ring.tail(CAUSE_LINES))
         tail = tuple(words[-TAIL_LINES:])
-        reason = describe_exit(returncode, tail, asked=asked, program=self._kind.program)
-        self._report(Exited(returncode, reason, tail, classify(returncode, words, asked=asked)))
+        reason = self._condemned or describe_exit(returncode, tail, asked=asked, program=self._kind.program)
+        cause = classify(returncode, words, asked=asked or self._condemned is not None)
+        self._report(Exited(returncode, reason, tail, cause))
+
+    def _condemn(self, reason: str) -> None:
+        """Kill it, and let that count as a crash. What it is at work on meets that, too, and is tried elsewhere."""
+        if self._process is not None and not self._told_to_stop and self._condemned is None:
+            self._condemned = reason
+            self._process.signal_group(signal.SIGKILL)
 
     # -- readiness
 
     async def _become_ready(self, process: Process) -> None:
-        """Report ``Healthy`` or ``Stalled``, whatever happens: nobody else would; cancelled by exit and stop."""
+        """Report ``Healthy`` or ``Stalled``, whatever happens: nobody else would; then keep it; cancelled by exit and
+        stop."""
         try:
-            await self._watch_load(process)
+            serves = await self._watch_load(process)
         except Exception as error:
             _log.exception("watching a load failed unexpectedly", instance=self.instance_id)
             self._report(Stalled(f"it cannot be probed: {error!r}"))
             return
-        if self._directory is not None:
-            await tasks.forever(self._sweep, every_s=SWEEP_EVERY_S, name=f"sweep for {self.instance_id}")
+        if serves:
+            await self._upkeep.keep(self.endpoint.port if self._kind.shares_ports else None, process.pid, self._condemn)
 
-    async def _sweep(self) -> None:
-        if self._directory is not None:
-            await asyncio.to_thread(self._host.scratch.sweep, self._directory)
-
-    async def _watch_load(self, process: Process) -> None:
+    async def _watch_load(self, process: Process) -> bool:
         if not await self._healthy_in_time(process):
-            return
-        if self._kind.shares_ports and await asyncio.to_thread(self._shares_its_port, process.pid):
-            self._report(Stalled(f"port {self.endpoint.port} is used by another program, too"))
-            return
+            return False
+        port = self.endpoint.port
+        if self._kind.shares_ports and len(await asyncio.to_thread(strangers_on, port, process.pid)):
+            self._report(Stalled(f"port {port} is used by another program, too"))
+            return False
         info: Mapping[str, Any] = {}
         for _ in range(
             PROPERTIES_TRIES if self._kind.tells_properties else 0
         ):  # a child that is busy at once may be slow to tell
             info = info or await self._host.prober.properties(self.endpoint)
         if (impostor := other_model(self.profile, info)) is not None:
-            port = self.endpoint.port
             self._report(Stalled(f"port {port} is answered by another server, which serves {impostor}"))
-            return
+            return False
         slots = info.get("total_slots")
         told = slots if isinstance(slots, int) and slots > 0 else None
         self._report(Healthy(self._kind.slots or told, info))
-
-    def _shares_its_port(self, pid: int) -> bool:
-        pids = tree_pids([pid]).get(pid, ())
-        return bool(pids) and others_listen(self.endpoint.port, pids)
+        return True
 
     async def _healthy_in_time(self, process: Process) -> bool:
         """Probe until /health says 200; report ``Stalled`` and return False after too long a silence."""
@@ -323,7 +337,8 @@ class Launcher:
     async def close(self) -> None:
         """Free what the runners shared; to be called when all have exited. A group that is left is killed."""
         await asyncio.to_thread(self._host.warden.close)
-        await asyncio.to_thread(self._host.scratch.close)
+        for scratch in (self._host.scratch, *self._host.elsewhere.values()):
+            await asyncio.to_thread(scratch.close)
 
 
 async def _pause(printed: asyncio.Event, seconds: float) -> None:

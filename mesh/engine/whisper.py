@@ -2,7 +2,7 @@
 
 What it does otherwise than llama-server: it listens only once its model is loaded; it works on one request at a time;
 it ends with status 0 over a flag that it does not know; it shares its port with anybody who asks (SO_REUSEPORT); it
-looks for plug-ins and pages in the directory where it runs, and leaves converted audio there.
+looks for plug-ins and pages in the directory where it runs, and leaves uploads there that ffmpeg could not read.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ PATH_FLAGS: Final = ("--inference-path", "--request-path")
 _FILE_FLAGS: Final = (*MODEL_FLAGS, "-vm", "--vad-model", "-fp", "--font-path", "--public", "--tmp-dir")
 _TEXT_FLAGS: Final = ("--prompt",)
 _CONVERT_FLAGS: Final = ("--convert",)
+#: the instance's own directory stands there already: ``children.files_root``
 _DIRECTORY_FLAGS: Final = ("--tmp-dir",)
 _VAD_MODEL_FLAGS: Final = ("-vm", "--vad-model")
 _DEVICE_FLAGS: Final = ("-dev", "--device")
@@ -125,7 +126,8 @@ def command(
     host = flag_value(args, ("--host",)) or LOOPBACK
     own = without_flags(args, (*ADDRESS_FLAGS, *MODEL_FLAGS, *PATH_FLAGS))
     if profile.convert:
-        own = tuple(word for word in own if word not in _CONVERT_FLAGS) + _conversion(own, directory)
+        own = without_flags(tuple(word for word in own if word not in _CONVERT_FLAGS), _DIRECTORY_FLAGS)
+        own += ("--convert", "--tmp-dir", str(directory or "."))
     place = ("-m", model, "--host", host, "--port", str(port), "--inference-path", "/inference")
     argv = (*engine.argv, *texts, *_absolute((*own, *place)))
     return Command(argv, env, reachable(profile, host), port, None, directory)
@@ -142,12 +144,6 @@ def _texts_apart(args: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]
         else:
             texts += (flag, value if equals else words.popleft())
     return tuple(texts), expand(rest)
-
-
-def _conversion(args: Sequence[str], directory: Path | None) -> tuple[str, ...]:
-    """Return what makes it convert, in its own directory unless the user names one."""
-    given = has_flag(args, _DIRECTORY_FLAGS)
-    return ("--convert",) if given else ("--convert", "--tmp-dir", str(directory or "."))
 
 
 def _absolute(args: Sequence[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,17 +22,34 @@ _PROC: Final = Path("/proc")
 
 
 def others_listen(port: int, pids: Iterable[int], proc: Path = _PROC) -> bool:
-    """Whether somebody else than *pids* listens on *port* where they do, and may get connections from this machine.
+    """Whether somebody else than *pids* listens on *port* where they do, and may get connections from this machine."""
+    return bool(other_sockets(port, pids, proc))
+
+
+def is_crowded(port: int, proc: Path = _PROC) -> bool:
+    """Whether more than one listens on *port*, on whatever address: cheap, for it need not be known who they are."""
+    return len(dict(_listening(port, proc))) > 1
+
+
+def other_sockets(port: int, pids: Iterable[int], proc: Path = _PROC) -> frozenset[str]:
+    """Return the sockets (their inodes) of which ``others_listen`` tells.
 
     The kernel prefers a socket of exactly the address: one on another address gets none that are for theirs, and one
     on every address only what is left. Where *pids* listen on every address, connections come in by loopback.
     """
     listening = dict(_listening(port, proc))
     own = {socket for pid in pids for socket in _sockets(pid, proc)} & listening.keys()
-    others = {address for socket, address in listening.items() if socket not in own}
-    if not own:
-        return bool(others)
-    return not others.isdisjoint(reached for socket in own for reached in _reached(listening[socket]))
+    others = listening.keys() - own
+    reached = {address for socket in own for address in _reached(listening[socket])}
+    return frozenset(socket for socket in others if not own or listening[socket] in reached)
+
+
+def holders(sockets: Collection[str], proc: Path = _PROC) -> tuple[int, ...]:
+    """Return the processes that have one of *sockets* open; not those that this user may not look into."""
+    with contextlib.suppress(OSError):
+        pids = (int(name) for name in os.listdir(proc) if name.isdecimal())
+        return tuple(sorted(pid for pid in pids if not set(sockets).isdisjoint(_sockets(pid, proc))))
+    return ()
 
 
 def _reached(address: IpAddress) -> Iterator[IpAddress]:
@@ -43,9 +60,11 @@ def _reached(address: IpAddress) -> Iterator[IpAddress]:
 
 def _listening(port: int, proc: Path) -> Iterator[tuple[str, IpAddress]]:
     """Yield inode and address of each socket that listens on *port*."""
+    mark = f":{port:04X} "
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
-            for line in (proc / "net" / table).read_text().splitlines()[1:]:
+            lines = (proc / "net" / table).read_text().splitlines()[1:]
+            for line in (line for line in lines if mark in line):  # of as many as there are connections
                 words = line.split()  # sl local_address rem_address st ... inode
                 address, _, number = words[1].rpartition(":")
                 if words[3] == _LISTEN and int(number, 16) == port:

@@ -2,6 +2,7 @@
 
 Each node has a directory below the root, with a lock that the kernel drops when the node dies: whoever can take the
 lock of another's directory may remove it. So nodes that share a root do not clear each other's away. Blocks, shortly.
+What a child leaves while it lives is ``Leftovers``' business.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Final
 
 from mesh.errors import InstanceError
 from mesh.files import private_directory
+from mesh.logs import Log
 from mesh.tasks import wall_time
+
+_log: Final = Log(__name__)
 
 _LOCK: Final = ".lock"
 _PREFIX: Final = "node-"
 _NEW: Final = ".new-"
 _GONE: Final = ".gone-"
-#: far longer than any file is worked on
+#: far longer than making a directory takes
 FORGOTTEN_S: Final = 3600.0
 
 
@@ -31,10 +35,15 @@ class Scratch:
     """The directories of one node. Without a *root* they are in the system's own directory for temporary files."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self._root = root or Path(tempfile.gettempdir()) / f"llama-mesh-scratch-{os.getuid()}"
+        self._root = root or Path(tempfile.gettempdir()) / _name()
         self._own: Path | None = None
         self._lock: int | None = None
         self._removing = threading.Lock()  #: held while something is removed: two at once would miss some of it
+
+    @classmethod
+    def below(cls, directory: Path) -> Scratch:
+        """Return one in *directory*, which may be everybody's."""
+        return cls(directory / _name())
 
     def take(self, name: str) -> Path:
         """Return a new and empty directory that only this user can enter; raise ``InstanceError`` if there is none."""
@@ -55,14 +64,6 @@ class Scratch:
         """Remove *directory* with all that is in it. Idempotent."""
         with self._removing:
             shutil.rmtree(directory, ignore_errors=True)
-
-    def sweep(self, directory: Path) -> None:
-        """Remove the files in *directory* that were not touched for ``FORGOTTEN_S``: whisper-server leaves uploads."""
-        with contextlib.suppress(OSError):
-            for path in directory.iterdir():
-                with contextlib.suppress(OSError):
-                    if path.stat().st_mtime < wall_time() - FORGOTTEN_S:
-                        path.unlink()
 
     def clear(self) -> None:
         """Remove what nodes left behind that are gone."""
@@ -107,6 +108,62 @@ class Scratch:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # it gets the name by which others look for the dead only now that it is locked
         self._own = new.rename(new.with_name(_PREFIX + new.name.removeprefix(_NEW)))
+
+
+class Leftovers:
+    """The files that requests leave in the directory of one instance; they go once the requests are over.
+
+    No clock is asked: a file that is seen belongs to a request that had begun by then, so once all of those are over
+    it is nobody's. One of a request that goes on is never touched. What a request leaves after its end (the instance
+    may work on for one whose client left) is of use to nobody either, and goes the next time.
+    ``begin`` and ``end`` belong to one thread, ``clear`` to another, one call at a time.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._begun = 0
+        self._going_on: frozenset[int] = frozenset()  #: swapped whole, for the thread that clears
+        self._seen: dict[str, int] = {}  #: file name -> how many requests had begun when it was first seen
+        self._complained = False
+
+    def begin(self) -> int:
+        """Count one more request, before it can leave anything; return its number."""
+        self._begun += 1
+        self._going_on |= {self._begun}
+        return self._begun
+
+    def end(self, number: int) -> None:
+        """The request with that *number* is over. Idempotent."""
+        self._going_on -= {number}
+
+    def clear(self) -> None:
+        """Remove what is nobody's any more. Blocks. What cannot be removed is logged, once, and tried again."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:  # it went with its instance
+            return
+        except OSError as error:
+            self._complain(error)
+            return
+        begun = self._begun  # to be read after the names, and before who goes on
+        oldest = min(self._going_on, default=begun + 1)
+        seen = {name: self._seen.get(name, begun) for name in names}
+        self._seen = {name: number for name, number in seen.items() if number >= oldest}
+        for name in seen.keys() - self._seen.keys():
+            try:
+                (self._directory / name).unlink(missing_ok=True)
+            except OSError as error:
+                self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            self._complained = True
+            _log.warning("what a request left behind cannot be removed", path=error.filename, error=error.strerror)
+
+
+def _name() -> str:
+    """Return what the root is called in a directory where others have theirs."""
+    return f"llama-mesh-scratch-{os.getuid()}"
 
 
 def _remove_if_dead(directory: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +393,102 @@ async def test_a_form_that_takes_too_long(adapter: FakeAdapter) -> None:
         answer = await ask(node, post_form(field("model", "tiny"), file(noise(2 * MEBIBYTE))))
         assert (answer.status, error_of(answer)["type"]) == (502, "request_timeout")
         assert node.admission.leases[0].ended == ["abandon"]
+
+
+class Told:
+    """What an instance is told of the uploads that it gets: ``begins`` and ``ends`` of each."""
+
+    def __init__(self, node: LoopbackNode) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.leases = node.admission.leases
+        self.open_leases: list[int] = []  #: how many there were at each end
+        self.granted: list[int] = []  #: how many there had been
+        node.admission.endpoint.begin_upload = self.begin
+
+    def begin(self) -> Callable[[], None]:
+        number = len(self.events)
+        self.events.append(("begins", number))
+        return lambda: self.end(number)
+
+    def end(self, number: int) -> None:
+        self.events.append(("ends", number))
+        self.granted.append(len(self.leases))
+        self.open_leases.append(sum(not lease.ended for lease in self.leases))
+
+
+OK = json_reply(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("scripts", "uploads"),
+    [
+        ((OK,), 1),
+        ((json_reply(b"no", b"400 Bad"),), 1),
+        ((json_reply(b"no", b"500 Oops"),), 1),
+        ((reply(b"HTTP/1.1 200 OK\r\n\r\nabc", close=True),), 1),
+        ((reply(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc", close=True),), 1),
+        ((then_hang(b"nonsense\r\n\r\n"),), 1),
+        ((hang,), 1),
+        ((die, OK), 2),
+        ((die, die), 2),
+    ],
+)
+async def test_an_instance_is_told_of_the_end_of_each_upload(
+    adapter: FakeAdapter, scripts: tuple[Any, ...], uploads: int
+) -> None:
+    """Answered, refused, broken off, too slow, and lost: once each, and the next one begins after it."""
+    profiles = (whisper(max_request_s=1),)
+    async with ScriptedUpstream(*scripts) as upstream, loopback(upstream, profiles=profiles) as node:
+        told = Told(node)
+        await ask(node, post_form(field("model", "tiny"), file(noise(2 * MEBIBYTE))))
+        await node.settled()
+        assert [event for event, _ in told.events] == ["begins", "ends"] * uploads
+        assert told.granted == [*range(1, uploads + 1)], "not only when it is with the next one"
+        assert all(first == second for (_, first), (_, second) in zip(*[iter(told.events)] * 2, strict=True))
+
+
+async def test_an_upload_ends_with_the_whole_answer_before_another_request_may_begin(adapter: FakeAdapter) -> None:
+    gate = asyncio.Event()
+
+    async def slow(request: Any, reader: Any, writer: Any) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no")
+        await gate.wait()
+        writer.write(b"k")
+
+    async with ScriptedUpstream(slow) as upstream, loopback(upstream, profiles=(whisper(),)) as node:
+        told = Told(node)
+        client = await node.client()
+        client.send(post_form(field("model", "tiny"), file(b"x")))
+        await node.until(lambda: bool(upstream.requests))
+        await asyncio.sleep(0.05)
+        assert told.events == [("begins", 0)]
+        gate.set()
+        await client.answer()
+        assert told.open_leases == [1]
+
+
+@pytest.mark.parametrize("shielded", [False, True])
+async def test_an_upload_of_a_client_that_left_ends_when_the_instance_is_let_go(
+    adapter: FakeAdapter, shielded: bool
+) -> None:
+    gate = asyncio.Event()
+
+    async def slow(request: Any, reader: Any, writer: Any) -> None:
+        await gate.wait()
+        await OK(request, reader, writer)
+
+    profiles = (whisper(drain_on_disconnect=shielded),)
+    async with ScriptedUpstream(slow) as upstream, loopback(upstream, profiles=profiles) as node:
+        told = Told(node)
+        client = await node.client()
+        client.send(post_form(field("model", "tiny"), file(b"x")))
+        await node.until(lambda: bool(upstream.requests))
+        client.abort()
+        await node.until(lambda: node.ctx.metrics.client_disconnects_total == 1)
+        assert (told.open_leases == []) is shielded
+        gate.set()
+        await node.settled()
+        assert [event for event, _ in told.events] == ["begins", "ends"]
 
 
 async def test_an_instance_that_reads_slowly_is_not_silent() -> None:

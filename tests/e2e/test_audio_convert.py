@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
 
 from mesh.cli.whisper_setup import SPEECH_SAYS, WhisperParts
-from tests.e2e.audio import AudioNode, whisper_profile
+from mesh.engine.upkeep import LOOK_EVERY_S
+from tests.e2e.audio import TRANSCRIPTIONS, AudioNode, form, form_head, whisper_profile
+from tests.e2e.harness import eventually
 from tests.real_whisper import silence
 
+#: far less than until it is looked by itself
+AT_ONCE_S = LOOK_EVERY_S / 2
 #: file name -> how ffmpeg makes it of speech
 RECORDINGS = {
     "voice-memo.m4a": ["-c:a", "aac"],
@@ -32,7 +38,9 @@ def ffmpeg() -> str:
 def node(whisper_parts: WhisperParts, ffmpeg: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AudioNode]:
     directory = tmp_path_factory.mktemp("convert")
     (directory / "bin").mkdir()
-    (directory / "bin/ffmpeg").symlink_to(ffmpeg)
+    held = f'#!/bin/sh\nwhile [ -e {directory / "hold"} ]; do sleep 0.05; done\nexec {ffmpeg} "$@"\n'
+    (directory / "bin/ffmpeg").write_text(held)
+    (directory / "bin/ffmpeg").chmod(0o755)
     cookbook = {
         "whisper": whisper_profile(whisper_parts.model, "-t 2", convert=True),
         "as-it-is": whisper_profile(whisper_parts.model, "-t 2"),
@@ -49,13 +57,32 @@ def encoded(ffmpeg: str, speech: Path, path: Path, *how: str) -> bytes:
     return path.read_bytes()
 
 
+def left_by(node: AudioNode) -> list[str]:
+    """Return what of uploads is on the disk: a converting instance has nothing else in its directory."""
+    return [path.name for directory in node.scratch() for path in directory.iterdir()]
+
+
+def assert_nothing_stays(node: AudioNode, within_s: float) -> None:
+    eventually(lambda: not left_by(node), within_s=within_s, what="an end of what uploads left")
+
+
+@pytest.fixture
+def held(node: AudioNode) -> Iterator[Path]:
+    """As long as this file is there, ffmpeg waits."""
+    path = node.directory.parent / "hold"
+    path.touch()
+    yield path
+    path.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_recordings_are_understood(
     node: AudioNode, whisper_parts: WhisperParts, ffmpeg: str, tmp_path: Path, name: str
 ) -> None:
     audio = encoded(ffmpeg, whisper_parts.speech, tmp_path / name, *RECORDINGS[name])
     assert SPEECH_SAYS in node.heard("whisper", audio)
-    assert not list(node.temporary.rglob("*.wav")), "what was converted does not stay"
+    assert_nothing_stays(node, AT_ONCE_S)
+    assert not list(node.temporary.rglob("*.wav"))
 
 
 def test_without_it_the_answer_says_what_would_help(
@@ -77,11 +104,58 @@ def test_a_film_without_sound_and_half_a_recording(
     mute = ["-f", "lavfi", "-i", "color=size=32x32:rate=5:duration=1", "-map", "1:v", "-c:v", "mpeg4"]
     silent = node.ask("whisper", encoded(ffmpeg, whisper_parts.speech, tmp_path / "mute.mp4", *mute))
     assert silent.status_code == 415, silent.text
+    assert_nothing_stays(node, AT_ONCE_S)
     whole = encoded(ffmpeg, whisper_parts.speech, tmp_path / "memo.m4a", "-c:a", "aac")
     half = node.ask("whisper", whole[: len(whole) // 2])  # what tells where the sound is stands at its end
     assert half.status_code == 415, half.text
     assert "looks like MP4 (m4a, mp4) (ffmpeg: moov atom not found)" in half.json()["error"]["message"]
+    assert_nothing_stays(node, AT_ONCE_S)
     assert node.ask("whisper", silence(1)).status_code == 200
+
+
+def test_half_a_recording_again_and_again_is_on_the_disk_once(
+    node: AudioNode, whisper_parts: WhisperParts, ffmpeg: str, tmp_path: Path
+) -> None:
+    whole = encoded(ffmpeg, whisper_parts.speech, tmp_path / "memo.m4a", "-c:a", "aac")
+    node.ask("whisper", silence(1))
+    asking = [node.asking("whisper", whole[: len(whole) // 2]) for _ in range(8)]
+    most = 0
+    while not all(one.answered.is_set() for one in asking):
+        most = max(most, len(left_by(node)))
+        time.sleep(0.01)
+    assert [one.answer().status_code for one in asking] == [415] * 8
+    assert most <= 2, "that of the one before may still be there"
+    assert_nothing_stays(node, AT_ONCE_S)
+
+
+def test_clients_that_leave_while_it_converts_leave_nothing(
+    node: AudioNode, whisper_parts: WhisperParts, ffmpeg: str, tmp_path: Path, held: Path
+) -> None:
+    """The second one's upload is written when it has been gone for long: the instance was still at the first."""
+    audio = encoded(ffmpeg, whisper_parts.speech, tmp_path / "memo.m4a", "-c:a", "aac")
+    held.unlink()
+    assert SPEECH_SAYS in node.heard("whisper", audio)
+    held.touch()
+    (pid,) = (instance["pid"] for instance in node.instances("whisper"))
+    leave_while(node, audio, lambda: bool(left_by(node)))
+    assert_nothing_stays(node, AT_ONCE_S)
+    eventually(lambda: not any(instance["busy"] for instance in node.instances("whisper")), what="a free slot")
+    failed = node.said("whisper").count("moov atom not found")
+    leave_while(node, audio[: len(audio) // 2], lambda: node.busy("whisper"))
+    held.unlink()
+    eventually(lambda: node.said("whisper").count("moov atom not found") > failed, what="an end of the second one")
+    assert_nothing_stays(node, LOOK_EVERY_S + AT_ONCE_S)
+    assert SPEECH_SAYS in node.heard("whisper", audio)
+    assert [instance["pid"] for instance in node.instances("whisper")] == [pid]
+    assert_nothing_stays(node, AT_ONCE_S)
+
+
+def leave_while(node: AudioNode, audio: bytes, when: Callable[[], bool]) -> None:
+    body = form({"model": "whisper"}, audio, filename="memo.m4a")
+    with socket.create_connection(("127.0.0.1", node.port)) as client:
+        client.sendall(form_head(TRANSCRIPTIONS, len(body)) + body)
+        eventually(when, what="its work for this client")
+        time.sleep(0.3)  # all of it is with the instance
 
 
 def test_ffmpeg_is_not_led_to_files_of_this_machine(
@@ -91,7 +165,7 @@ def test_ffmpeg_is_not_led_to_files_of_this_machine(
     secret = tmp_path / "secret.wav"
     secret.write_bytes(whisper_parts.speech.read_bytes())
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:11\n#EXTINF:11,\nfile://{secret}\n#EXT-X-ENDLIST\n".encode()
-    for form in (playlist, f"ffconcat version 1.0\nfile '{secret}'\n".encode(), b"ID3\x04\0\0\0\0\0\0" + playlist):
-        response = node.ask("whisper", form)
+    for disguised in (playlist, f"ffconcat version 1.0\nfile '{secret}'\n".encode(), b"ID3\x04\0\0\0\0\0\0" + playlist):
+        response = node.ask("whisper", disguised)
         assert response.status_code == 415, response.text
         assert SPEECH_SAYS not in response.text

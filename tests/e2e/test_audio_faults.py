@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import struct
@@ -190,6 +191,27 @@ def test_a_child_that_dies_twice_is_an_error_that_says_so(node: AudioNode) -> No
 
 def _busy_child(node: AudioNode, but: set[int]) -> int | None:
     return next((i["pid"] for i in node.instances("tiny") if i["active"] and i["pid"] not in but), None)
+
+
+def test_one_whose_port_another_program_shares_is_replaced_on_another_port(node: AudioNode) -> None:
+    """The kernel would give that program half of what is asked here."""
+    (before,) = node.instances("tiny")
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", before["port"]))
+        other.listen()
+        (told,) = node.wait_log("another program listens on the port of an instance")
+        assert (told["fields"]["port"], told["fields"]["other_pids"]) == (before["port"], [os.getpid()])
+        eventually(lambda: before["pid"] not in node.server_pids(), what="it is gone")
+        for _ in range(3):
+            assert node.heard("tiny", SHORT) == SENTENCE
+        (after,) = node.instances("tiny")
+        assert after["port"] != before["port"]
+        (failed,) = node.wait_log("instance failed")
+        assert failed["fields"]["kind"] == "crash"
+        assert (
+            failed["fields"]["reason"] == f"port {before['port']} is used by another program, too (pid {os.getpid()})"
+        )
 
 
 def test_a_node_that_is_told_to_end_lets_it_finish(start: Start, tiny_speech: Path) -> None:

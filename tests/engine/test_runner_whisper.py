@@ -18,13 +18,13 @@ from mesh.cli import whisper_build
 from mesh.cli.whisper_build import NotPossibleError
 from mesh.config.profile import Engine
 from mesh.core.exits import Cause
-from mesh.engine import flags, whisper
+from mesh.engine import flags, upkeep, whisper
 from mesh.engine.locate import EngineBinary, file_identity
 from mesh.engine.runner import Runner
 from mesh.engine.vetting import complaint
 from mesh.errors import InstanceError
 from mesh.host.ports import PortAllocator
-from mesh.host.scratch import Scratch
+from mesh.host.scratch import Leftovers, Scratch
 from tests.e2e.harness import free_port
 from tests.engine.children import Node, Reports, make_profile
 from tests.real_whisper import silence
@@ -153,13 +153,85 @@ async def test_a_killed_one_leaves_nothing(node: Node, model: Path, tmp_path: Pa
     assert directories(tmp_path) == []
 
 
-async def test_its_directory_is_removed_and_swept_off_the_loop_and_failures_of_that_stop_nothing(
+def is_there(path: Path) -> bool:
+    return path.exists()
+
+
+async def gone(path: Path, within_s: float = 10.0) -> None:
+    for _ in range(int(within_s / 0.02)):
+        if not is_there(path):
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"{path} is still there")
+
+
+async def test_nothing_of_a_request_stays_once_it_is_over(node: Node, model: Path, tmp_path: Path) -> None:
+    runner, reports = start(node, model)
+    (own,) = directories(tmp_path)
+    await reports.healthy()
+    upload = own / "whisper-server-1.wav"
+    over = runner.endpoint.begin_upload()
+    upload.write_bytes(b"x")
+    await asyncio.sleep(0.2)
+    assert upload.exists()
+    over()
+    await gone(upload, upkeep.LOOK_EVERY_S / 2)
+
+
+async def test_what_it_leaves_of_a_request_whose_client_left_goes_by_itself(
+    node: Node, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """whisper-server works on, and nobody is told when it stops."""
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.3)
+    runner, reports = start(node, model)
+    (own,) = directories(tmp_path)
+    await reports.healthy()
+    runner.endpoint.begin_upload()()
+    await asyncio.sleep(0.1)
+    (own / "late.wav").write_bytes(b"x")
+    await gone(own / "late.wav")
+    over = runner.endpoint.begin_upload()
+    (own / "next.wav").write_bytes(b"x")
+    await asyncio.sleep(1)
+    assert (own / "next.wav").exists()
+    over()
+    await gone(own / "next.wav")
+
+
+async def test_where_the_profile_wants_its_files_it_has_a_directory_of_its_own(
+    node: Node, model: Path, tmp_path: Path
+) -> None:
+    """Others may keep theirs there."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ffmpeg").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/ffmpeg").chmod(0o755)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big/whisper-server-1.wav").write_bytes(b"somebody's")
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    runner, reports = start(node, model, "--tmp-dir", str(tmp_path / "big"), convert=True, env=env)
+    await reports.healthy()
+    assert directories(tmp_path) == []
+    (own,) = (tmp_path / "big").glob("llama-mesh-scratch-*/node-*/m-*")
+    assert runner.command[runner.command.index("--tmp-dir") + 1] == str(own)
+    over = runner.endpoint.begin_upload()
+    (own / "whisper-server-2.wav").write_bytes(b"x")
+    over()
+    await gone(own / "whisper-server-2.wav")
+    runner.terminate()
+    await reports.exited()
+    await gone(own)
+    for scratch in node.host.elsewhere.values():
+        scratch.close()
+    assert [path.name for path in (tmp_path / "big").iterdir()] == ["whisper-server-1.wav"]
+
+
+async def test_its_directory_is_emptied_and_removed_off_the_loop_and_failures_of_that_stop_nothing(
     node: Node, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swept, removed, threads = asyncio.Event(), asyncio.Event(), set[int]()
     loop = asyncio.get_running_loop()
 
-    def sweep(self: Scratch, directory: Path) -> None:
+    def clear(self: Leftovers) -> None:
         threads.add(threading.get_ident())
         loop.call_soon_threadsafe(swept.set)
         raise RuntimeError("can't start new thread")
@@ -168,12 +240,15 @@ async def test_its_directory_is_removed_and_swept_off_the_loop_and_failures_of_t
         threads.add(threading.get_ident())
         loop.call_soon_threadsafe(removed.set)
 
-    monkeypatch.setattr(Scratch, "sweep", sweep)
+    monkeypatch.setattr(Leftovers, "clear", clear)
     monkeypatch.setattr(Scratch, "give_back", give_back)
     runner, reports = start(node, model)
     await reports.healthy()
-    async with asyncio.timeout(10):
-        await swept.wait()
+    for _ in range(2):
+        runner.endpoint.begin_upload()()
+        async with asyncio.timeout(10):
+            await swept.wait()
+        swept.clear()
     runner.terminate()
     await reports.exited()
     async with asyncio.timeout(10):
@@ -189,19 +264,50 @@ async def test_one_that_cannot_be_started_leaves_nothing(node: Node, model: Path
     assert directories(tmp_path) == []
 
 
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    writer.close()
+
+
 async def test_it_never_shares_its_port(node: Node, model: Path) -> None:
     """Both set SO_REUSEPORT; half of the requests would go to the other one."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        writer.close()
-
     port = free_port()
     node.host.ports = PortAllocator([port], is_free=lambda port: True)
     async with await asyncio.start_server(answer, "127.0.0.1", port, reuse_port=True):
         _, reports = start(node, model)
         assert (await reports.stalled()).reason == f"port {port} is used by another program, too"
+
+
+async def test_it_goes_if_another_comes_to_its_port(
+    node: Node, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.2)
+    runner, reports = start(node, model)
+    await reports.healthy()
+    port = runner.endpoint.port
+    async with await asyncio.start_server(answer, "127.0.0.1", port, reuse_port=True):
+        exited = await reports.exited()
+    assert exited.reason == f"port {port} is used by another program, too (pid {os.getpid()})"
+    assert (exited.returncode, exited.cause) == (-signal.SIGKILL, Cause.OTHER), "it did not run out of memory"
+    (told,) = (record for record in caplog.records if record.name == upkeep.__name__)
+    assert told.levelname == "ERROR"
+    assert node.ports.reserve() != port, "it rests"
+
+
+async def test_another_that_leaves_at_once_drives_nobody_away(
+    node: Node, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another node's instance does, which sees this one before it counts as ready."""
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.05)
+    runner, reports = start(node, model)
+    await reports.healthy()
+    async with await asyncio.start_server(answer, "127.0.0.1", runner.endpoint.port, reuse_port=True):
+        await asyncio.sleep(upkeep.CONFIRM_S / 2)
+    await asyncio.sleep(upkeep.CONFIRM_S)
+    assert runner.returncode is None
+    runner.terminate()
+    assert (await reports.exited()).reason == "whisper-server stopped: exit code 0"
 
 
 async def test_unknown_flags_are_known_before_it_is_started(node: Node, server: EngineBinary, model: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.host.listeners import others_listen
+from mesh.host.listeners import holders, is_crowded, other_sockets, others_listen
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -51,7 +51,11 @@ def test_another_on_the_same_port_is_seen() -> None:
         port = own.getsockname()[1]
         assert not others_listen(port, [os.getpid()])
         assert others_listen(port, [])
+        assert not is_crowded(port)
         with another(port) as pid:
+            assert is_crowded(port)
+            assert holders(other_sockets(port, [os.getpid()])) == (pid,)
+            assert holders(other_sockets(port, [pid])) == (os.getpid(),)
             assert others_listen(port, [os.getpid()])
             assert others_listen(port, [pid])
             assert not others_listen(port, [pid, os.getpid()])
@@ -109,3 +113,5 @@ def test_a_connection_is_no_listener() -> None:
 
 def test_where_nothing_can_be_read_nothing_is_known(tmp_path: Path) -> None:
     assert not others_listen(1, [], tmp_path)
+    assert not is_crowded(1, tmp_path)
+    assert holders({"1"}, tmp_path / "none") == ()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mesh.errors import InstanceError
-from mesh.host.scratch import FORGOTTEN_S, Scratch
+from mesh.host.scratch import FORGOTTEN_S, Leftovers, Scratch
 
 #: takes a directory, fills it and dies as under ``kill -9``
 DIES = """
@@ -66,17 +66,110 @@ def test_what_a_killed_node_left_is_removed_and_what_a_living_one_has_is_not(tmp
         living.stdin.close()
 
 
-def test_forgotten_files_are_swept_away(tmp_path: Path) -> None:
-    scratch = Scratch(tmp_path / "s")
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_a_request_left_goes_once_it_is_over_and_no_sooner(tmp_path: Path) -> None:
+    left = Leftovers(tmp_path)
+    number = left.begin()
+    (tmp_path / "a.wav").write_bytes(b"x")
+    left.clear()
+    assert names(tmp_path) == ["a.wav"]
+    left.end(number)
+    left.end(number)
+    left.clear()
+    assert names(tmp_path) == []
+
+
+def test_the_next_request_keeps_its_files_whatever_they_are_called(tmp_path: Path) -> None:
+    left = Leftovers(tmp_path)
+    left.end(left.begin())
+    (tmp_path / "a.wav").write_bytes(b"x")  # as it may for a client that left
+    left.clear()
+    number = left.begin()
+    (tmp_path / "a.wav").write_bytes(b"y")
+    left.clear()
+    assert names(tmp_path) == ["a.wav"]
+    left.end(number)
+    left.clear()
+    assert names(tmp_path) == []
+
+
+def test_where_one_request_follows_at_once_on_another_nothing_gathers(tmp_path: Path) -> None:
+    """It is never looked while none goes on."""
+    left, before = Leftovers(tmp_path), 0
+    for number in range(1, 10):
+        assert left.begin() == number
+        left.end(before)
+        left.clear()
+        assert len(names(tmp_path)) <= 1, "it saw none of those before the last"
+        (tmp_path / f"{number}.wav").write_bytes(b"x")
+        before = number
+
+
+def test_a_request_that_goes_on_for_long_keeps_what_came_after_it_and_not_what_was_before(tmp_path: Path) -> None:
+    left = Leftovers(tmp_path)
+    left.end(left.begin())
+    (tmp_path / "before.wav").write_bytes(b"x")
+    left.clear()
+    assert names(tmp_path) == []
+    long = left.begin()
+    (tmp_path / "long.wav").write_bytes(b"x")
+    left.end(left.begin())
+    (tmp_path / "short.wav").write_bytes(b"x")
+    left.clear()
+    assert names(tmp_path) == ["long.wav", "short.wav"], "it cannot be told whose they are"
+    left.end(long)
+    left.clear()
+    assert names(tmp_path) == []
+
+
+def test_a_request_that_begins_while_it_is_looked_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, real = Leftovers(tmp_path), os.listdir
+    left.end(left.begin())
+
+    def listed(directory: Path) -> list[str]:
+        left.begin()
+        (tmp_path / "new.wav").write_bytes(b"x")
+        return real(directory)
+
+    (tmp_path / "old.wav").write_bytes(b"x")
+    monkeypatch.setattr(os, "listdir", listed)
+    left.clear()
+    monkeypatch.undo()
+    assert "new.wav" in names(tmp_path)
+
+
+def test_what_cannot_be_removed_is_told_once_and_hinders_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = Leftovers(tmp_path)
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "a.wav").write_bytes(b"x")
+    for _ in range(3):
+        left.clear()
+    assert names(tmp_path) == ["directory"]
+    (told,) = caplog.records
+    assert told.getMessage().startswith("what a request left behind cannot be removed")
+    (tmp_path / "directory").rmdir()
+    (tmp_path / "b.wav").write_bytes(b"x")
+    left.clear()
+    assert names(tmp_path) == []
+    Leftovers(tmp_path / "gone").clear()
+    Leftovers(tmp_path / ("x" * 300)).clear()
+    assert len(caplog.records) == 2
+
+
+def test_one_in_a_directory_of_everybody_is_private(tmp_path: Path) -> None:
+    scratch = Scratch.below(tmp_path)
     own = scratch.take("m-1")
-    for name in ("old.wav", "new.wav"):
-        (own / name).write_bytes(b"x")
-    then = (own / "old.wav").stat().st_mtime - FORGOTTEN_S - 1
-    os.utime(own / "old.wav", (then, then))
-    scratch.sweep(own)
-    assert [path.name for path in own.iterdir()] == ["new.wav"]
+    assert own.parents[1] == tmp_path / f"llama-mesh-scratch-{os.getuid()}"
+    assert stat.S_IMODE(own.parents[1].stat().st_mode) == 0o700
     scratch.close()
-    scratch.sweep(own)
+    assert names(tmp_path) == []
 
 
 def test_nothing_is_cleared_where_there_is_nothing(tmp_path: Path) -> None:
