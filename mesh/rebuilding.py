@@ -18,13 +18,14 @@ from typing import Final, Protocol
 from mesh.api.builds import count_builds
 from mesh.build.manager import BuildManager
 from mesh.build.spec import specs_of
-from mesh.build.status import Attempt, BuildStatus, BuiltVersion, Stage
+from mesh.build.status import Attempt, BuildStatus, BuiltVersion, Stage, Trigger
 from mesh.build.tester import BuildTester
 from mesh.config.builds import DEFAULT_BUILD
 from mesh.config.engines import keys_of
 from mesh.config.profile import Profile
 from mesh.config.settings import Settings
 from mesh.engine.children import own_env
+from mesh.engine.locate import file_identity
 from mesh.engine.supervisor import Supervisor
 from mesh.errors import BuildError, MeshError, UnknownModelError
 from mesh.host.warden import Warden
@@ -80,6 +81,7 @@ class Builds(Protocol):
 
     def statuses(self) -> Sequence[BuildStatus]: ...
     def can_roll_back(self, name: str, /) -> bool: ...
+    def cancel(self, name: str, /) -> bool: ...
     async def wait(self, attempt_id: int, /) -> Attempt: ...
     async def rollback(self, name: str, /, *, why: str) -> BuiltVersion: ...
 
@@ -88,13 +90,16 @@ class WayBack:
     """Puts the version before in force again, once for each installation by this process, so that nothing flaps.
 
     What it went back from is held by the manager. A version that was put in place by hand, or before this process
-    began, is for a hand to undo. *no_way_back* is told the key of each profile for which that was tried, in the end.
+    began, is for a hand to undo. *no_way_back* is told the key of each profile for which that was tried, in the end;
+    *look_again* the build whose profiles are to be started with what is in force.
     """
 
-    def __init__(self, builds: Builds, no_way_back: Callable[[str], None]) -> None:
+    def __init__(self, builds: Builds, no_way_back: Callable[[str], None], look_again: Callable[[str], None]) -> None:
         self._builds = builds
         self._no_way_back = no_way_back
-        self._installed: dict[str, str] = {}  #: by build, the binary that was installed since the last rollback
+        self._look_again = look_again
+        self._installed: dict[str, Path] = {}  #: by build, the binary that was installed since the last rollback
+        self._identities: dict[str, str] = {}  #: of the same, as it was then: a hand may put another one in its place
         self._under_way: dict[str, asyncio.Task[None]] = {}  #: by build
 
     def changed(self, name: str) -> None:
@@ -102,21 +107,37 @@ class WayBack:
         status = self._status(name)
         self._installed.pop(name, None)
         if status is not None and status.current is not None and status.current.stage is Stage.INSTALLING:
-            self._installed[name] = os.path.realpath(status.binary_path)
+            self._installed[name] = path = Path(status.binary_path).resolve()
+            self._identities[name] = file_identity(path)
 
-    def ask(self, profile: Profile, reason: str) -> bool:
-        """Whether *profile*, which did not start, will get the version before (``mesh.engine.surroundings.GoBack``)."""
+    def ask(self, profile: Profile, engine: str, reason: str, *, in_force: bool) -> bool:
+        """Whether *profile*, which did not start, will get another one (``mesh.engine.surroundings.GoBack``)."""
         name = profile.engine_build or DEFAULT_BUILD
-        status, installed = self._status(name), self._installed.get(name)
-        if status is None or installed is None or not keys_of(profile.engine).has_builds or name in self._under_way:
+        if not keys_of(profile.engine).has_builds:
             return False
-        # while an attempt goes on, what is known of the disk may be older than what it has just installed
-        if status.current is None and not self._builds.can_roll_back(name):
+        if not in_force:  # installed, or rolled back, while it loaded
+            asyncio.get_running_loop().call_soon(self._look_again, name)
+            return True
+        status, installed = self._status(name), self._installed.get(name)
+        if status is None or installed is None or name in self._under_way or engine != self._identities[name]:
+            return False
+        if not self._may_go_back(status):
             return False
         going_back = self._go_back(name, installed, profile, reason.partition("\n")[0])
         self._under_way[name] = task = spawn(going_back, f"go back to the version before of {name}")
         task.add_done_callback(lambda _: self._ended(name, profile))  # also if it was cancelled before it began
         return True
+
+    def _may_go_back(self, status: BuildStatus) -> bool:
+        """Whether the version before can be put in force soon: nobody waits for an hour's compiling.
+
+        While an attempt installs, what is known of the disk may be older than what it has just installed.
+        """
+        if (attempt := status.current) is None:
+            return self._builds.can_roll_back(status.name)
+        if attempt.stage is Stage.INSTALLING:
+            return True
+        return attempt.trigger is not Trigger.MANUAL and self._builds.cancel(status.name)  # there will be another one
 
     def close(self) -> None:
         """What has begun is carried out, if it can no longer be undone; else it is left."""
@@ -127,8 +148,8 @@ class WayBack:
         del self._under_way[name]
         self._no_way_back(profile.key)  # says nothing to who was served meanwhile
 
-    async def _go_back(self, name: str, installed: str, profile: Profile, reason: str) -> None:
-        words = {"build": name, "binary": installed, "model": profile.id, "reason": reason}
+    async def _go_back(self, name: str, installed: Path, profile: Profile, reason: str) -> None:
+        words = {"build": name, "binary": str(installed), "model": profile.id, "reason": reason}
         try:
             await self._free(name, installed)
             back = await self._builds.rollback(name, why=f"{profile.id} did not start with it: {reason}")
@@ -139,14 +160,14 @@ class WayBack:
             log.error("a model did not start with the new llama-server: the version before is in force again", **words,
                       commit=back.commit, back=back.binary)  # fmt: skip
 
-    async def _free(self, name: str, installed: str) -> None:
+    async def _free(self, name: str, installed: Path) -> None:
         """Wait for the attempt that goes on, if any. Raise ``BuildError`` if *installed* is not to be undone then."""
         status = self._status(name)
         if status is not None and status.current is not None:
             await self._builds.wait(status.current.id)
         if (status := self._status(name)) is None or not self._builds.can_roll_back(name):
             raise BuildError("there is no version to go back to")
-        if await asyncio.to_thread(os.path.realpath, status.binary_path) != installed:
+        if await asyncio.to_thread(Path(status.binary_path).resolve) != installed:
             raise BuildError(f"{status.binary_path} leads to another version by now")
 
     def _status(self, name: str) -> BuildStatus | None:
@@ -178,7 +199,7 @@ class Rebuilding:
             environ=lambda: own_env(environ),
             warden=warden,
         )
-        self._way_back = WayBack(self.manager, supervisor.no_way_back)
+        self._way_back = WayBack(self.manager, supervisor.no_way_back, supervisor.engines_changed)
         supervisor.go_back = self._way_back.ask
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -23,7 +23,7 @@ FORM_FIELD: Final = b"X-Llama-Mesh-Form: %d\r\n"
 #: What may stand before the file: some copies of it are held in memory while the form waits for an instance.
 MAX_BEFORE_BYTES = 128 * 1024
 #: Tags (a picture of the cover) that a file may begin with: what it is stands behind them, and is looked at first.
-MAX_TAGS_BYTES = 1024 * 1024
+MAX_TAGS_BYTES = 512 * 1024
 #: Smaller files are not worth it; they are sent in one piece with all the rest.
 MIN_FILE_BYTES = ONE_PIECE_BYTES
 
@@ -75,6 +75,7 @@ class FormStream:
         "_end",
         "_enough",
         "_file_bytes",
+        "_head",
         "_left",
         "_owner",
         "_sender",
@@ -97,7 +98,8 @@ class FormStream:
         self._file_bytes = self._to_come = length - before_bytes - len(self._end)
         self._left = length
         self._owner = owner
-        self._buffer = bytearray()  # until it flows; then nothing is kept
+        self._head = b""  # what the form was judged by, and
+        self._buffer = bytearray()  # what came after that, until it flows; then nothing is kept
         self._sender: StreamSender | None = None
         self._closed = False
 
@@ -108,7 +110,7 @@ class FormStream:
     @property
     def before(self) -> bytes:
         """What stands before the file. Only until it flows."""
-        return bytes(self._buffer[: self._before_bytes])
+        return bytes((self._head or self._buffer)[: self._before_bytes])
 
     @property
     def end(self) -> bytes:
@@ -165,8 +167,9 @@ class FormStream:
             raise RequestError("malformed multipart form: its file is not where it was said to be")
         start = self._before_bytes
         file = replace(found.files[0], start=start, end=start + self._file_bytes)
-        known = bytes(self._buffer[: self._enough])
-        return ReceivedForm(Form(found.fields, (file,)), SpooledBody(memoryview(known)))
+        self._head = bytes(self._buffer[: self._enough])
+        del self._buffer[: self._enough]
+        return ReceivedForm(Form(found.fields, (file,)), SpooledBody(memoryview(self._head)))
 
     # --- to the instance
 
@@ -174,8 +177,8 @@ class FormStream:
         """Give *sender* what is here of the file, and the rest as it comes."""
         self.flowing = True
         self._sender = sender
-        held = bytes(self._buffer[self._before_bytes :])
-        self._buffer = bytearray()
+        held = b"".join((self._head, self._buffer))[self._before_bytes :]
+        self._head, self._buffer = b"", bytearray()
         self._pass_on(sender, held)
         if not sender.paused:
             self.resume()
@@ -201,7 +204,7 @@ class FormStream:
         """Nobody wants the rest. Idempotent."""
         self._closed = True
         self._sender = None
-        self._buffer = bytearray()
+        self._head, self._buffer = b"", bytearray()
 
 
 def form_stream(head: RequestHead, length: int, owner: Owner) -> FormStream | None:

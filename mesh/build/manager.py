@@ -45,6 +45,8 @@ from mesh.tasks import forever, spawn, wall_time
 
 #: how often the disk is looked at for what others did to it
 LOOK_EVERY_S: Final = 15.0
+#: how long the end of everything may take: processes that must be killed, half-built directories to be removed
+CLOSE_LIMIT_S: Final = 30.0
 _DELAYS: Final = {Trigger.BOOT: BOOT_DELAYS_S, Trigger.SCHEDULED: SCHEDULED_DELAYS_S, Trigger.MANUAL: ()}
 _MAX_REMEMBERED: Final = 100
 
@@ -91,7 +93,10 @@ class BuildManager:
         self._background.append(spawn(self._watch() if made else self._refresh_all(), "look at builds"))
 
     async def close(self) -> None:
-        """Cancel everything, and return when no process, thread or task of it is left. Idempotent."""
+        """Cancel everything, and return when no process, thread or task of it is left. Idempotent.
+
+        What waits for a disk that does not answer is left alone after a while: requests are still to be finished.
+        """
         self._closed = True
         for task in self._background:
             task.cancel()
@@ -101,7 +106,9 @@ class BuildManager:
             rollback.cancel()
         attempts = {task for _, task in self._attempts.values()}
         if left := {*self._background, *attempts, *self._rollbacks}:
-            await asyncio.wait(left)
+            _, stuck = await asyncio.wait(left, timeout=CLOSE_LIMIT_S)
+            if stuck:
+                _log.warning("builds do not end; they wait for a disk, perhaps", tasks=[t.get_name() for t in stuck])
         if self._own_warden is not None:
             await asyncio.to_thread(self._own_warden.close)
         self._events.close()

@@ -241,18 +241,18 @@ class Dispatcher(Lives):
 
     def _recipe(self, profile: Profile, *, wanted: bool) -> Recipe:
         fresh = self._footprints.fresh(profile)  # asked first: the need is then as fresh, whatever time it gets
-        returns = self._successors.returns(profile.key)  # what it needs with the engine before, nobody knows yet
+        returns = self._successors.returns(profile.key)  # then its room is kept, and nobody else has to go for it
         return Recipe(
             key=profile.key,
-            need=self.ledger.need(profile) if wanted and not returns else None,
-            fresh=fresh,
+            need=self.ledger.need(profile) if wanted else None,
+            fresh=fresh and not returns,
             max_instances=profile.max_instances,
             min_tenure_s=profile.min_tenure_s,
             idle_timeout_s=profile.idle_timeout_s,
             pinned=profile.pinned,
             failing=self._failures.failing(profile.key) and not returns,
-            vetted=self._trust.passed(profile),
-            vetting=self._trust.under_way(profile),
+            vetted=self._trust.passed(profile) and not returns,
+            vetting=self._trust.under_way(profile) or returns,
             turn_ended=self._turn_ended.get(profile.key, -inf),
             ran_out=self._ran_out.get(profile.key),
             guessed=(known := self._footprints.peek(profile)) is not None and known.source is Source.UNKNOWN,

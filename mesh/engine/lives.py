@@ -32,8 +32,9 @@ from mesh.engine.kinds import kind_of
 from mesh.engine.ledger import CookbookFigures, Footprints, Ledger
 from mesh.engine.memory_report import MemoryReport
 from mesh.engine.queues import Place, Queues
+from mesh.engine.replacement import would_run
 from mesh.engine.runner import Exited, Healthy, Report, Stalled
-from mesh.engine.successors import Successors
+from mesh.engine.successors import Successors, engine_identity
 from mesh.engine.surroundings import GoBack, Limits, TelemetryLike
 from mesh.engine.telemetry import Sample
 from mesh.engine.trust import Trust
@@ -177,8 +178,8 @@ class Lives:
             case Stalled():
                 if instance.state is State.SPAWNING:
                     self._step(instance, Event.DEADLINE)
-                    tail = tuple(instance.runner.ring.tail(refusals.QUOTED_LINES))
-                    self._load_failed(instance, Exited(None, report.reason, tail))
+                    end = Exited(None, report.reason, tuple(instance.runner.ring.tail(refusals.QUOTED_LINES)))
+                    self._load_failed(instance, end, of_engine=report.silent)
             case Exited():
                 self._exited(instance, report)
 
@@ -224,31 +225,33 @@ class Lives:
             kind = "engine" if isinstance(complaint, EngineMissingError) else "load"
             self._failed(profile, kind, complaint.message, (), 0.0)
 
-    def _load_failed(self, instance: Instance, end: Exited) -> None:
-        """Its process ran, and did not get ready."""
+    def _load_failed(self, instance: Instance, end: Exited, *, of_engine: bool = True) -> None:
+        """Its process ran, and did not get ready; *of_engine*: that may be laid to the engine."""
         profile = instance.profile
         self._trust.doubted(profile)
         wrong = end.returncode in kind_of(profile).usage_statuses and end.cause is not Cause.MEMORY
         reason = refusals.to_correct(end.reason, profile) if wrong else end.reason
-        bad_engine = end.reason if self._successors.speaks_against_engine(instance, end.cause) else ""
-        self._failed(profile, "load", reason, end.log_tail, 0.0, bad_engine)
+        bad = of_engine and self._successors.speaks_against_engine(instance, end.cause)
+        returns = bad and profile.key not in self._ready and self._goes_back(instance, end.reason)
+        self._failed(profile, "load", reason, end.log_tail, 0.0, returns=returns)
 
     def _failed(
-        self, profile: Profile, kind: str, reason: str, tail: tuple[str, ...], lived_s: float, bad_engine: str = ""
+        self, profile: Profile, kind: str, reason: str, tail: tuple[str, ...], lived_s: float, *, returns: bool = False
     ) -> None:
-        """Remember the failure. After a failed load nobody waits on (trap 19) but for the one before a *bad_engine*."""
+        """Remember the failure. After a failed load nobody waits on (trap 19), but for another engine: it *returns*."""
         failure = self._failures.record(profile.key, kind, reason, tail, lived_s)
         self._ran_out.pop(profile.key, None)
-        fields = {"kind": kind, "reason": reason, "failures_in_a_row": failure.count, "log_tail": list(tail)}
-        log.error("instance failed", model=profile.id, **fields)
+        log.error("instance failed", model=profile.id, kind=kind, reason=reason, failures_in_a_row=failure.count,
+                  log_tail=list(tail))  # fmt: skip
         if kind != "crash":
             self._metrics.spawn_failures_total += 1
-            if profile.key not in self._ready and not (bad_engine and self._goes_back(profile, bad_engine)):
+            if profile.key not in self._ready and not returns:
                 self._refuse_all(profile.key, refusals.failed(profile.id, failure, self._loop.time()))
 
-    def _goes_back(self, profile: Profile, reason: str) -> bool:
-        """Ask for the engine before; return whether *profile* will get it."""
-        if self._closing or self.go_back is None or not self.go_back(profile, reason):
+    def _goes_back(self, instance: Instance, reason: str) -> bool:
+        """Ask for another engine than that of *instance*; return whether its profile will get one."""
+        profile, engine, in_force = instance.profile, engine_identity(instance), would_run(self._launcher, instance)
+        if self._closing or self.go_back is None or not self.go_back(profile, engine, reason, in_force=in_force):
             return False
         self._successors.begin_return(profile.key)
         return True
@@ -280,9 +283,8 @@ class Lives:
             self._effect(instance, effect)
 
     def _became_ready(self, instance: Instance) -> None:
-        now = self._loop.time()
+        now, instance.ready_wall = self._loop.time(), wall_time()
         instance.ready_since = instance.idle_since = now
-        instance.ready_wall = wall_time()
         self._failures.started(instance.profile.key)
         self._trust.proven(instance.profile)
         self._ran_out.pop(instance.profile.key, None)
@@ -291,10 +293,9 @@ class Lives:
 
     def _index(self, key: str) -> None:
         ready = [i for i in self._instances.values() if i.profile.key == key and i.state is State.READY and not i.stale]
+        self._ready.pop(key, None)
         if ready:
             self._ready[key] = ready
-        else:
-            self._ready.pop(key, None)
 
     def _effect(self, instance: Instance, effect: Effect) -> None:
         match effect:

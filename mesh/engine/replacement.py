@@ -37,6 +37,12 @@ def look(profiles: Iterable[Profile], launcher: LauncherLike) -> Found:
     return found
 
 
+def would_run(launcher: LauncherLike, instance: Instance) -> bool:
+    """Whether the profile of *instance* would be started with the same engine again."""
+    running, found = instance.runner.engine, look([instance.profile], launcher).get(instance.profile.key)
+    return running is not None and found is not None and found.identity == running.identity
+
+
 def mark_superseded(instances: Iterable[Instance], found: Found) -> Iterator[tuple[Instance, EngineBinary]]:
     """Mark those whose engine is another one now, and unmark those whose engine is back.
 

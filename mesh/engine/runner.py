@@ -69,9 +69,10 @@ class Healthy:
 
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """It will not become ready, though it lives."""
+    """It will not become ready, though it lives. *silent*: for it shows no sign of progress, and no other reason."""
 
     reason: str
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,9 +297,8 @@ class Runner:
                 usage = await sample_tree_async(process.pid)
                 clock.sampled(loop.time(), usage)
             if clock.stalled(loop.time()):
-                self._report(
-                    Stalled(f"no sign of progress for {limit_s:.3g} s while loading (startup_timeout_seconds)")
-                )
+                why = f"no sign of progress for {limit_s:.3g} s while loading (startup_timeout_seconds)"
+                self._report(Stalled(why, silent=True))
                 return False
 
 

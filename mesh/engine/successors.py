@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mesh.core.exits import Cause
 from mesh.core.replacing import speaks_against
-from mesh.engine.instances import Instance
+from mesh.engine.instances import Instance, launch_identity
 from mesh.engine.queues import Place
 
 
@@ -20,6 +20,7 @@ from mesh.engine.queues import Place
 class _Expected:
     place: Place  #: keeps the successor wanted where no client waits
     before: str  #: identity of the engine that made room
+    launch: tuple[object, ...]  #: what it was started from; edited since, a failure says nothing about engines
 
 
 class Successors:
@@ -44,7 +45,7 @@ class Successors:
 
     def expect(self, place: Place, made_room: Instance) -> None:
         """*made_room* goes, and *place* waits for what comes after it."""
-        self._expected[place.key] = _Expected(place, _engine(made_room))
+        self._expected[place.key] = _Expected(place, engine_identity(made_room), launch_identity(made_room.profile))
 
     def give_up(self, key: str) -> None:
         """Wait no longer for the successor of *key*: it is there, or nobody wants it."""
@@ -55,7 +56,9 @@ class Successors:
     def speaks_against_engine(self, instance: Instance, cause: Cause) -> bool:
         """Whether that the load of *instance* failed is to be laid to its engine."""
         expected = self._expected.get(instance.profile.key)
-        return speaks_against(_engine(instance), None if expected is None else expected.before, cause)
+        if expected is None or expected.launch != launch_identity(instance.profile):
+            return False
+        return speaks_against(engine_identity(instance), expected.before, cause)
 
     def returns(self, key: str) -> bool:
         """Whether the engine before is being put in force again for *key*: nothing is started until then."""
@@ -73,6 +76,7 @@ class Successors:
         return self._returning.pop(key, None)
 
 
-def _engine(instance: Instance) -> str:
+def engine_identity(instance: Instance) -> str:
+    """Return what *instance* runs; "" if that is not known."""
     engine = instance.runner.engine
     return "" if engine is None else engine.identity

@@ -290,8 +290,14 @@ class Supervisor(Dispatcher):
         return tuple(replace(fit, failure=reasons.get(fit.key)) for fit in fits)
 
     def failures(self) -> Mapping[str, FailureInfo]:
-        """Return the last load failure or crash per profile key; not those of trials."""
-        return {key: failure for key, failure in self._failures.all().items() if key not in self._hidden}
+        """Return the last load failure or crash per profile key; not those of trials.
+
+        What waits for another engine is not tried again before that is in force.
+        """
+        usual = {key: failure for key, failure in self._failures.all().items() if key not in self._hidden}
+        later = {key: replace(f, retry_in_s=max(1.0, f.retry_in_s)) for key, f in usual.items()
+                 if self._successors.returns(key)}  # fmt: skip
+        return usual | later
 
     def log_ring(self, key: str) -> list[tuple[str, LogRing]]:
         """Return the output of each instance of *key*, by instance id."""

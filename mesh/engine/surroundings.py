@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from mesh.config.profile import Profile
 from mesh.core.budget import BudgetLimits
 
-#: Asked, with the reason, when a profile whose old instance made room cannot be loaded with the new engine: whether the
-#: engine before will be put in force again. Yes is a promise that ``Supervisor.engines_changed`` or else
-#: ``Supervisor.no_way_back`` will be called, later than this returns.
-GoBack = Callable[[Profile, str], bool]
+
+class GoBack(Protocol):
+    """Whoever puts engines in force."""
+
+    def __call__(self, profile: Profile, engine: str, reason: str, *, in_force: bool) -> bool:
+        """*profile*, whose old instance made room, cannot be loaded with *engine*, an identity: will it get another?
+
+        Not *in_force*: it would be started with another one by now. Yes is a promise that
+        ``Supervisor.engines_changed`` or else ``Supervisor.no_way_back`` will be called, later than this returns.
+        """
 
 
 class TelemetryLike(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import Callable
 from dataclasses import replace
@@ -333,3 +334,27 @@ async def test_the_log_can_be_seen_by_who_comes_later(tmp_path: Path, project: P
         assert current is not None
         assert any(line.startswith("-- Generating done") for line in current.log_tail)
         assert b.manager.summary().is_building
+
+
+async def test_a_disk_that_does_not_answer_holds_up_no_shutdown(
+    tmp_path: Path, project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An attempt that a cancellation does not end, as a thread in the kernel would have it."""
+    scripted, answers = Scripted(monkeypatch), asyncio.Event()
+    monkeypatch.setattr(manager, "CLOSE_LIMIT_S", 0.05)
+
+    async def stuck(self: Scripted._One) -> Result:
+        scripted.inside.append("stuck")
+        while not answers.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await answers.wait()
+        raise OFFLINE
+
+    monkeypatch.setattr(Scripted._One, "run", stuck)
+    async with bench(spec_in(tmp_path, project)) as b:
+        b.manager.rebuild(None)
+        while not scripted.inside:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await b.manager.close()
+        assert "builds do not end" in caplog.text
+        answers.set()

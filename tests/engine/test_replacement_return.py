@@ -13,7 +13,7 @@ from mesh.core.lifecycle import State
 from mesh.core.replacing import speaks_against
 from mesh.engine.runner import Stalled
 from mesh.errors import InstanceError, UnknownModelError
-from tests.engine.supervised import Client, World, catalog, profile
+from tests.engine.supervised import Client, World, catalog, engine, profile
 from tests.engine.test_replacement import BIG, A, install, no_bugs, runs, served
 
 pytestmark = pytest.mark.looptime
@@ -27,10 +27,12 @@ class Owner:
     def __init__(self, w: World, answer: bool = True) -> None:
         self.answer = answer
         self.asked: list[tuple[str, str]] = []
+        self.failed: list[tuple[str, bool]] = []
         w.sup.go_back = self
 
-    def __call__(self, profile: Profile, reason: str) -> bool:
+    def __call__(self, profile: Profile, engine: str, reason: str, *, in_force: bool) -> bool:
         self.asked.append((profile.key, reason))
+        self.failed.append((engine, in_force))
         return self.answer
 
 
@@ -68,13 +70,15 @@ def test_when_a_failed_load_speaks_against_its_engine(
 async def test_who_waits_is_served_by_the_engine_before(stalled: bool) -> None:
     w, owner, waits = await loading(BIG)
     if stalled:
-        w.launcher[1].report(Stalled("no progress for 60 s"))
+        w.launcher[1].report(Stalled("no progress for 60 s", silent=True))
     else:
         w.launcher[1].exit(1, "cannot load")
     late = w.ask(BIG)
     await asyncio.sleep(5)
     assert owner.asked == [(BIG.key, "no progress for 60 s" if stalled else "cannot load")]
     assert (waits.waits, late.waits, len(w.launcher)) == (True, True, 2)  # and the bad engine is not tried again
+    assert owner.failed == [(engine("two").identity, True)]
+    assert w.sup.failures()[BIG.key].retry_in_s > 0  # other nodes are not told that it can be had here
     install(w, "one")
     assert runs(w) == [(BIG.key, "one", False)]
     assert dict(w.sup.failures()) == {}
@@ -187,18 +191,49 @@ async def test_an_install_of_another_build_ends_nothing() -> None:
     assert (waits.waits, len(w.launcher)) == (True, 2)
 
 
-async def test_others_are_served_meanwhile() -> None:
-    other = profile("o", 4)
-    w, _, waits = await loading(BIG, other)
+@pytest.mark.parametrize("attended", [True, False])
+async def test_its_room_is_kept_meanwhile_and_others_are_served_beside_it(attended: bool) -> None:
+    small, large = profile("s", 2), profile("l", 8)
+    w, _, waits = await loading(replace(BIG, pinned=True), small, large, vram=12)
     w.launcher[1].exit(1, "cannot load")
-    client = w.ask(other)
+    if not attended:
+        assert waits.ticket is not None
+        waits.ticket.cancel()
+    beside, instead = w.ask(small), w.ask(large)
     w.launcher[2].healthy()
-    client.done()
-    w.launcher.engines.update(World(BIG).launcher.engines)
-    w.sup.engines_changed()
-    await asyncio.sleep(20)
-    w.launcher[-1].healthy()
-    assert waits.lease is not None
+    assert beside.lease is not None
+    assert (instead.waits, len(w.launcher)) == (True, 3)
+    install(w, "one")
+    assert ("big:default", "one", False) in runs(w)
+
+
+async def test_a_failure_of_something_else_is_not_laid_to_the_engine() -> None:
+    """Another program answers on its port; or its profile was edited while the old instance drained."""
+    w, owner, waits = await loading(BIG)
+    w.launcher[1].report(Stalled("port 1 is answered by another server"))
+    assert owner.asked == []
+    assert isinstance(waits.error, InstanceError)
+    w = World(BIG, vram=10)
+    owner = Owner(w)
+    running = w.ask(BIG)
+    w.launcher[0].healthy()
+    install(w)
+    await asyncio.sleep(0.3)
+    edited = replace(BIG, args=("--mmproj", "/no/such/file"))
+    w.sup.apply_catalog(catalog(edited))
+    waits = w.ask(edited)
+    running.done()
+    await asyncio.sleep(0.3)
+    w.launcher[1].exit(1, "cannot load")
+    assert owner.asked == []
+    assert isinstance(waits.error, InstanceError)
+
+
+async def test_it_is_known_that_another_engine_is_in_force_by_now() -> None:
+    w, owner, _ = await loading(BIG)
+    w.launcher.engines[None] = engine("three")
+    w.launcher[1].exit(1, "cannot load")
+    assert owner.failed == [(engine("two").identity, False)]
 
 
 async def test_a_profile_that_vanishes_or_is_unloaded_is_not_brought_back() -> None:
