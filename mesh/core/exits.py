@@ -48,6 +48,8 @@ _USAGE = re.compile(
     r"|^error: (?:unknown language|cannot use both|unknown DTW preset)",
     re.IGNORECASE,
 )
+#: llama-server and whisper-server
+_NO_PORT = re.compile(r"couldn't bind (?:HTTP|to) server socket", re.IGNORECASE)
 _KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
@@ -56,6 +58,7 @@ class Cause(StrEnum):
 
     MEMORY = "memory"  #: more room may help
     USAGE = "usage"  #: only an edit of the profile helps
+    PORT = "port"  #: somebody else has its port: another one helps
     OTHER = "other"
 
 
@@ -67,6 +70,8 @@ def classify(returncode: int, log_tail: Sequence[str], *, asked: bool = False) -
     errors = [line for line in log_tail[last_retry + 1 :] if not _INFORMS.match(line)]
     if returncode in _KILLED or any(_OUT_OF_MEMORY.search(e) and not _DISPENSABLE.search(e) for e in errors):
         return Cause.MEMORY
+    if any(_NO_PORT.search(line) for line in errors):
+        return Cause.PORT
     usage = any(_USAGE.search(_PREFIX.sub("", line)) for line in errors)
     return Cause.USAGE if usage else Cause.OTHER
 

@@ -63,9 +63,9 @@ def makes_room(decision: Drain) -> bool:
 def speaks_against(engine: str, before: str | None, cause: Cause) -> bool:
     """Whether a failed load is to be laid to *engine*, an identity: the one *before* it served, and made room for this.
 
-    None: no instance made room. What lacked memory may lack it with any engine.
+    None: no instance made room. What lacked memory, or a port, may lack it with any engine.
     """
-    return bool(engine and before) and engine != before and cause is not Cause.MEMORY
+    return bool(engine and before) and engine != before and cause not in (Cause.MEMORY, Cause.PORT)
 
 
 def _under_way(draft: Draft) -> bool:

@@ -19,9 +19,11 @@ from mesh.core.replacing import makes_room, still_to_come
 from mesh.core.world import Admit, Decision, Drain, Forgo, Reason, Recipe, Refuse, Snapshot, Spawn, Vet
 from mesh.engine import refusals
 from mesh.engine.abandoned import abandon
+from mesh.engine.holders import report_of
 from mesh.engine.instances import ActiveLease, Instance
 from mesh.engine.lease import Ticket, Waiter
 from mesh.engine.lives import Lives
+from mesh.engine.memory_report import MemoryReport
 from mesh.engine.prewarm import unattended
 from mesh.engine.queues import ADMITTED, Place
 from mesh.engine.surroundings import Limits
@@ -321,3 +323,7 @@ class Dispatcher(Lives):
         failure, now = self._failures.get(decision.key), self._loop.time()
         return refusals.refused(profile, decision.refusal, self._footprints.peek(profile), self.memory_report(),
                                 failure, now)  # fmt: skip
+
+    def memory_report(self) -> MemoryReport:
+        """Return who holds what of the node's memory."""
+        return report_of(self.ledger, self._instances.values(), self._footprints, self._loop.time())

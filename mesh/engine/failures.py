@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from mesh.config.profile import Catalog
 from mesh.core.backoff import Failure, after_failure
@@ -21,16 +22,27 @@ class FailureInfo:
     log_tail: tuple[str, ...]
 
 
+#: Ports that a load may find taken, one after the other, before it has failed.
+MAX_PORTS: Final = 4
+
+
 class FailureBook:
     """Written by the supervisor. *clock* is event-loop time."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._by_key: dict[str, Failure] = {}
+        self._lost_ports: dict[str, int] = {}  #: how often in a row somebody else had the port of a load, by key
+
+    def lost_port(self, key: str) -> bool:
+        """Whether one more try, on another port, is better than a failure: somebody else took this one meanwhile."""
+        self._lost_ports[key] = count = self._lost_ports.get(key, 0) + 1
+        return count < MAX_PORTS
 
     def record(self, key: str, kind: str, reason: str, log_tail: tuple[str, ...], lived_s: float) -> Failure:
         failure = after_failure(self._by_key.get(key), kind, reason, log_tail, lived_s=lived_s, now=self._clock())
         self._by_key[key] = failure
+        self._lost_ports.pop(key, None)
         return failure
 
     def get(self, key: str) -> Failure | None:
@@ -46,6 +58,7 @@ class FailureBook:
 
     def started(self, key: str) -> None:
         """A load succeeded: earlier load failures are history. Crashes are not: it may crash again at once."""
+        self._lost_ports.pop(key, None)
         if (failure := self._by_key.get(key)) is not None and failure.kind != "crash":
             del self._by_key[key]
 

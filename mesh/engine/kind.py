@@ -158,7 +158,8 @@ class EngineKind:
     tells_properties: bool  #: GET /props says what it loaded
     tells_slots: bool  #: GET /slots says what is busy
     keeps_alive: bool  #: False: one request for each connection
-    shares_ports: bool  #: it sets SO_REUSEPORT, so that another may listen on its port unnoticed
+    #: it sets SO_REUSEPORT, so that another may listen on its port unnoticed, and not SO_REUSEADDR
+    shares_ports: bool
     maps_model: bool  #: instances of one model share its weights in memory
     needs_directory: bool  #: it is to run in an empty directory of its own
     usage_statuses: frozenset[int]  #: exits before it was ready that call for other arguments, or another file

@@ -26,11 +26,10 @@ from mesh.core.world import LIVE, Spawn
 from mesh.engine import refusals
 from mesh.engine.alarm import Alarm
 from mesh.engine.failures import FailureBook
-from mesh.engine.holders import in_words, report_of, warn_of_excess
+from mesh.engine.holders import in_words, warn_of_excess
 from mesh.engine.instances import Instance, LauncherLike
 from mesh.engine.kinds import kind_of
 from mesh.engine.ledger import CookbookFigures, Footprints, Ledger
-from mesh.engine.memory_report import MemoryReport
 from mesh.engine.queues import Place, Queues
 from mesh.engine.replacement import would_run
 from mesh.engine.runner import Exited, Healthy, Report, Stalled
@@ -148,8 +147,7 @@ class Lives:
             log.exception("starting an instance failed unexpectedly", instance=instance_id)
             self._post(partial(self._not_started, instance, InstanceError(f"cannot be started: {error!r}")))
         else:
-            port = runner.endpoint.port
-            source = None if known is None else str(known.source)
+            port, source = runner.endpoint.port, None if known is None else str(known.source)
             log.info("instance started", instance=instance_id, model=profile.id, pid=runner.pid, port=port,
                      memory=in_words(decision.footprint), source=source)  # fmt: skip
 
@@ -196,6 +194,9 @@ class Lives:
             self._metrics.spawn_failures_total += 1
             self._trust.accepted(profile)  # its arguments were accepted, or it would not have got that far
             self._ran_out[profile.key] = instance.placed
+        elif state is State.SPAWNING and report.cause is Cause.PORT and self._failures.lost_port(profile.key):
+            log.warning("its port was taken meanwhile; it gets another one", instance=instance.id, model=profile.id)
+            self._metrics.spawn_failures_total += 1
         elif state is State.SPAWNING:
             self._load_failed(instance, report)
         else:
@@ -229,7 +230,7 @@ class Lives:
         """Its process ran, and did not get ready; *of_engine*: that may be laid to the engine."""
         profile = instance.profile
         self._trust.doubted(profile)
-        wrong = end.returncode in kind_of(profile).usage_statuses and end.cause is not Cause.MEMORY
+        wrong = end.returncode in kind_of(profile).usage_statuses and end.cause not in (Cause.MEMORY, Cause.PORT)
         reason = refusals.to_correct(end.reason, profile) if wrong else end.reason
         bad = of_engine and self._successors.speaks_against_engine(instance, end.cause)
         returns = bad and profile.key not in self._ready and self._goes_back(instance, end.reason)
@@ -344,7 +345,3 @@ class Lives:
     def footprints_changed(self) -> None:
         """What a profile needs is known now, or is known better."""
         self._post(lambda: None)
-
-    def memory_report(self) -> MemoryReport:
-        """Return who holds what of the node's memory."""
-        return report_of(self.ledger, self._instances.values(), self._footprints, self._loop.time())

@@ -157,7 +157,7 @@ class Runner:
             raise InstanceError(refusal)
         fixed = fixed_port(self.profile)
         ports = self._host.ports
-        port = ports.reserve() if fixed is None else ports.reserve_fixed(fixed)
+        port = ports.reserve(reuses=not self._kind.shares_ports) if fixed is None else ports.reserve_fixed(fixed)
         try:
             command = self._start_process(self.engine, port)
         except Exception:

@@ -20,10 +20,14 @@ DEFAULT_PORTS: Final = range(10000, 20000)
 COOL_DOWN_S: Final = 60.0
 
 
-def is_free(port: int) -> bool:
-    """Whether a server could listen on 127.0.0.1:*port* now. Connections in TIME_WAIT do not hold it."""
+def is_free(port: int, *, reuses: bool = True) -> bool:
+    """Whether a server could listen on 127.0.0.1:*port* now.
+
+    Connections in TIME_WAIT do not hold it if the server *reuses* addresses, as nearly all do (SO_REUSEADDR).
+    """
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuses:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
             # a listener without SO_REUSEPORT is only seen by listen() on some systems
@@ -40,7 +44,7 @@ class PortAllocator:
         self,
         configured: Sequence[int] | None = None,
         *,
-        is_free: Callable[[int], bool] = is_free,
+        is_free: Callable[..., bool] = is_free,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._configured = tuple(dict.fromkeys(configured)) if configured is not None else None
@@ -49,17 +53,18 @@ class PortAllocator:
         self._used: set[int] = set()
         self._released_at: dict[int, float] = {}  # only ports that rest
 
-    def reserve(self) -> int:
-        """Take a port; raise ``CapacityError`` if every one is taken.
+    def reserve(self, *, reuses: bool = True) -> int:
+        """Take a port for a server that *reuses* addresses or does not; raise ``CapacityError`` if every one is taken.
 
         Of configured ports, one that still rests is better than none: a node with a single port could otherwise not
-        change models for a minute. Then it is the one that has rested longest.
+        change models for a minute. Then it is the one that has rested longest; and one that old connections may hold.
         """
         self._forget_rested()
         resting = sorted(self._released_at, key=self._released_at.__getitem__) if self._configured is not None else []
-        for port in (*self._candidates(), *resting):
-            if port not in self._used and self._is_free(port):
-                return self._take(port)
+        for how in (reuses, True) if self._configured is not None else (reuses,):
+            for port in (*self._candidates(), *resting):
+                if port not in self._used and self._is_free(port, reuses=how):
+                    return self._take(port)
         raise CapacityError(
             "No available ports: every port of llama_cpp_ports is in use; add ports or lower max_instances_per_node"
             if self._configured is not None
@@ -75,7 +80,7 @@ class PortAllocator:
             raise ConfigError(f"--port {port} is not a port; use 1-65535, or leave --port out")
         if port in self._used:
             raise CapacityError(f"Port {port} already in use by another instance; leave --port out of the arguments")
-        if not self._is_free(port):
+        if not self._is_free(port, reuses=True):
             raise CapacityError(f"Port {port} already in use by another process; leave --port out of the arguments")
         return self._take(port)
 

@@ -147,7 +147,6 @@ def test_arguments_that_only_an_edit_corrects(line: str) -> None:
             "terminate called after throwing an instance of 'std::system_error'",
             "  what():  Resource temporarily unavailable",
         ],
-        ["0.1.2.3 E srv start: couldn't bind HTTP server socket, port: 1"],
     ],
 )
 def test_what_is_not_the_reason_does_not_mislead(lines: list[str]) -> None:
@@ -159,3 +158,15 @@ def test_a_warning_is_not_told_as_the_reason() -> None:
     cause = "gguf_init_from_file: failed to open GGUF file 'nope.gguf' (No such file or directory)"
     assert first_complaint([*NOT_LOCKED, *MISSING]) == cause
     assert first_complaint(NOT_LOCKED) is not None, "better than nothing"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "couldn't bind to server socket: hostname=127.0.0.1 port=17062",
+        "0.00.123.456 E srv  start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 8099",
+        "main: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 8099",
+    ],
+)
+def test_a_port_that_somebody_else_has(line: str) -> None:
+    assert classify(1, ["loading", line, "exiting"]) is Cause.PORT

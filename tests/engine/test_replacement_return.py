@@ -54,6 +54,7 @@ async def loading(*profiles: Profile, answer: bool = True, vram: int = 10) -> tu
         ("two", "one", Cause.OTHER, True),
         ("two", "one", Cause.USAGE, True),
         ("two", "one", Cause.MEMORY, False),  # it may lack that with any engine
+        ("two", "one", Cause.PORT, False),
         ("one", "one", Cause.OTHER, False),
         ("two", None, Cause.OTHER, False),
         ("two", "", Cause.OTHER, False),  # not known

@@ -273,7 +273,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 async def test_it_never_shares_its_port(node: Node, model: Path) -> None:
     """Both set SO_REUSEPORT; half of the requests would go to the other one."""
     port = free_port()
-    node.host.ports = PortAllocator([port], is_free=lambda port: True)
+    node.host.ports = PortAllocator([port], is_free=lambda port, reuses: True)
     async with await asyncio.start_server(answer, "127.0.0.1", port, reuse_port=True):
         _, reports = start(node, model)
         assert (await reports.stalled()).reason == f"port {port} is used by another program, too"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from mesh.core.exits import Cause
 from mesh.core.lifecycle import State
 from mesh.engine.lease import Lease
 from mesh.engine.runner import Stalled
@@ -664,3 +665,31 @@ async def test_a_waiter_that_leaves_in_the_middle_of_its_admission_costs_nothing
     assert w.sup.instances()[0].active == 1
     patient.done()
     assert w.sup.instances()[0].active == w.sup.instances()[0].busy == 0
+
+
+async def test_a_port_that_was_taken_meanwhile_is_nobodys_failure() -> None:
+    """Between the look at a port and the child's bind lies a whole load of whisper-server."""
+    w = World(A)
+    client, late = w.ask(A), None
+    for number in range(3):
+        w.launcher[number].exit(1, "couldn't bind", cause=Cause.PORT)
+        late = late or w.ask(A)
+    assert (client.waits, len(w.launcher), dict(w.sup.failures())) == (True, 4, {})
+    w.launcher[3].healthy(slots=2)
+    assert client.lease is not None
+    assert late is not None
+    assert late.lease is not None
+
+
+async def test_a_port_that_can_never_be_had_is_a_failure_in_the_end() -> None:
+    w = World(A)
+    client = w.ask(A)
+    for number in range(4):
+        assert client.waits
+        w.launcher[number].exit(1, "couldn't bind", cause=Cause.PORT)
+    assert isinstance(client.error, InstanceError)
+    assert "couldn't bind" in client.error.message
+    assert len(w.launcher) == 4
+    w.ask(A)
+    w.launcher[4].exit(1, "couldn't bind", cause=Cause.PORT)
+    assert len(w.launcher) == 6  # counted anew

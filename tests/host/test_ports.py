@@ -20,7 +20,7 @@ class Clock:
 
 
 def allocator(configured: list[int] | None, clock: Clock | None = None, taken: Set[int] = frozenset()) -> PortAllocator:
-    return PortAllocator(configured, is_free=lambda port: port not in taken, clock=clock or Clock())
+    return PortAllocator(configured, is_free=lambda port, reuses: port not in taken, clock=clock or Clock())
 
 
 def test_configured_ports_in_their_order_skipping_foreign_ones() -> None:
@@ -89,6 +89,16 @@ def test_a_port_with_a_listener_is_not_free_and_one_in_time_wait_is() -> None:
             server.close()  # the side that closes first keeps the port in TIME_WAIT
             assert client.recv(1) == b""
     assert is_free(port)
+    assert not is_free(port, reuses=False)  # whisper-server could not listen on it
+
+
+def test_who_cannot_have_a_port_in_time_wait_gets_another_one_if_there_is_one() -> None:
+    resting = {9001, 9002}
+    free = lambda port, reuses: reuses or port not in resting  # noqa: E731
+    ports = PortAllocator([9001, 9002, 9003], is_free=free)
+    assert [ports.reserve(reuses=False), ports.reserve(reuses=False), ports.reserve()] == [9003, 9001, 9002]
+    with pytest.raises(CapacityError):
+        PortAllocator(is_free=lambda port, reuses: reuses).reserve(reuses=False)
 
 
 def test_a_listener_that_shares_its_port_is_seen() -> None:
