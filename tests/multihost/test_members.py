@@ -10,6 +10,7 @@ import pytest
 from tests.e2e.harness import ROOT, Models, cookbook, eventually, profile
 from tests.multihost.lab import Lab
 from tests.multihost.nodes import MeshNode
+from tests.multihost.test_mesh import LONG, PATIENT
 
 #: What Python runs first in a node whose clock is wrong: its wall clock is shifted before anybody asks it.
 SKEWED = """
@@ -56,7 +57,7 @@ def test_a_key_that_is_not_on_the_list(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_revoked_node_is_cut_off(lab: Lab, models: Models, tmp_path: Path) -> None:
     """Also the link that carries an answer right now; nothing but the file says so."""
-    text = cookbook({"alpha": profile(models.alpha, "-t 1 -c 32768 -np 2 --no-warmup")})
+    text = cookbook({"alpha": profile(models.alpha, PATIENT)})
     with (
         MeshNode(lab.host("a"), tmp_path / "a", cookbook({})) as a,
         MeshNode(lab.host("b"), tmp_path / "b", text) as b,
@@ -64,7 +65,7 @@ def test_a_revoked_node_is_cut_off(lab: Lab, models: Models, tmp_path: Path) -> 
         a.wait_for("b")
         b.wait_for("a")
         with a.connection() as client:
-            assert client.start_stream("alpha", ignore_eos=True, max_tokens=6000) == 200
+            assert client.start_stream("alpha", **LONG) == 200
             assert a.cli("keys", "revoke", "b").returncode == 0
             assert b"[DONE]" not in client.rest()
         a.wait_for()
