@@ -98,8 +98,9 @@ class WayBack:
         self._builds = builds
         self._no_way_back = no_way_back
         self._look_again = look_again
-        self._installed: dict[str, Path] = {}  #: by build, the binary that was installed since the last rollback
-        self._identities: dict[str, str] = {}  #: of the same, as it was then: a hand may put another one in its place
+        #: by build, the binary that was installed since the last rollback, and its identity then: a hand may put
+        #: another one in its place
+        self._installed: dict[str, tuple[Path, str]] = {}
         self._under_way: dict[str, asyncio.Task[None]] = {}  #: by build
 
     def changed(self, name: str) -> None:
@@ -107,8 +108,8 @@ class WayBack:
         status = self._status(name)
         self._installed.pop(name, None)
         if status is not None and status.current is not None and status.current.stage is Stage.INSTALLING:
-            self._installed[name] = path = Path(status.binary_path).resolve()
-            self._identities[name] = file_identity(path)
+            path = Path(status.binary_path).resolve()
+            self._installed[name] = (path, file_identity(path))
 
     def ask(self, profile: Profile, engine: str, reason: str, *, in_force: bool) -> bool:
         """Whether *profile*, which did not start, will get another one (``mesh.engine.surroundings.GoBack``)."""
@@ -119,11 +120,11 @@ class WayBack:
             asyncio.get_running_loop().call_soon(self._look_again, name)
             return True
         status, installed = self._status(name), self._installed.get(name)
-        if status is None or installed is None or name in self._under_way or engine != self._identities[name]:
+        if status is None or installed is None or name in self._under_way or engine != installed[1]:
             return False
         if not self._may_go_back(status):
             return False
-        going_back = self._go_back(name, installed, profile, reason.partition("\n")[0])
+        going_back = self._go_back(name, installed[0], profile, reason.partition("\n")[0])
         self._under_way[name] = task = spawn(going_back, f"go back to the version before of {name}")
         task.add_done_callback(lambda _: self._ended(name, profile))  # also if it was cancelled before it began
         return True

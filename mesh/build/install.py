@@ -6,7 +6,7 @@ force and a way back. ``binary_path`` is what counts; the file of states follows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -48,15 +48,8 @@ def put_in_force(spec: BuildSpec, version: Installed, *, by_hand_over: str | Non
     shelf = layout.look(spec)
     before = state.up_to_date(state.load(spec), shelf)
     replaced = () if by_hand_over is None else replaced_by_hand(state.installed(shelf), by_hand_over, version.commit)
-    held = before.held
-    for commit in replaced:
-        held = with_hold(held, commit, Hold(_BY_HAND))
-    _save(spec, State(before.history, held))  # from here on there is a way back
-    try:
-        layout.swap(spec, Path(version.binary))
-    except BuildError:
-        _save(spec, before)
-        raise
+    held = _held_by_hand(before.held, replaced)
+    _swap(spec, version, before, held)  # from here on there is a way back
     history = remembered((*before.history, version), version)
     _save(spec, State(history, without_hold(held, version.commit)))
     return replaced
@@ -69,12 +62,26 @@ def choose_again(spec: BuildSpec, commit: str, *, by_hand_over: str | None) -> t
     """
     shelf, known = layout.look(spec), state.load(spec)
     replaced = () if by_hand_over is None else replaced_by_hand(state.installed(shelf), by_hand_over, commit)
-    held = without_hold(known.held, commit)
-    for each in replaced:
-        held = with_hold(held, each, Hold(_BY_HAND))
+    held = _held_by_hand(without_hold(known.held, commit), replaced)
     if held != dict(known.held):
         _save(spec, State(known.history, held))
     return replaced
+
+
+def _held_by_hand(held: Mapping[str, Hold], commits: Iterable[str]) -> Mapping[str, Hold]:
+    for commit in commits:
+        held = with_hold(held, commit, Hold(_BY_HAND))
+    return held
+
+
+def _swap(spec: BuildSpec, to: Installed, before: State, held: Mapping[str, Hold]) -> None:
+    """Remember what is *held* from now on, and put *to* in place; if that fails, all is as *before*."""
+    _save(spec, State(before.history, held))
+    try:
+        layout.swap(spec, Path(to.binary))
+    except BuildError:
+        _save(spec, before)  # what ran runs on, and nothing is to be said against it
+        raise
 
 
 def hold(spec: BuildSpec, commit: str, why: Hold) -> None:
@@ -168,12 +175,7 @@ def _go_back(spec: BuildSpec, known: State, live: Installed | None, version: Ins
     held = known.held
     if live is not None and live.commit:
         held = with_hold(held, live.commit, Hold(why))
-    _save(spec, State(known.history, held))
-    try:
-        layout.swap(spec, Path(version.binary))
-    except BuildError:
-        _save(spec, known)  # it runs on, and nothing is to be said against it
-        raise
+    _swap(spec, version, known, held)
     _save(spec, State(remembered(known.history, version), without_hold(held, version.commit)))
 
 

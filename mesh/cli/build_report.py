@@ -11,7 +11,7 @@ from rich.text import Text
 from mesh.build.status import Outcome
 from mesh.cli.build_view import Attempt
 from mesh.cli.output import clock, duration, print_table, stderr_console
-from mesh.config.builds import DEFAULT_BUILD
+from mesh.config.builds import DEFAULT_BUILD, rebuild_command
 
 #: As long as git makes them for llama.cpp.
 _COMMIT_CHARACTERS: Final = 9
@@ -68,11 +68,6 @@ def fix(attempt: Attempt) -> str:
             return f"What ran before runs on. '{rebuild_command(name)}' tries it again."
         case _:
             return "'llama-mesh builds' shows what there is."
-
-
-def rebuild_command(name: str) -> str:
-    """Return the command that builds *name*, or watches it being built."""
-    return "llama-mesh rebuild" + ("" if name == DEFAULT_BUILD else f" {name}")
 
 
 def print_tail(attempt: Attempt) -> None:

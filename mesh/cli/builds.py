@@ -17,14 +17,13 @@ from mesh.cli.build_report import (
     print_builds,
     print_speeds,
     print_tail,
-    rebuild_command,
     short,
 )
 from mesh.cli.build_view import Attempt, BuildView
 from mesh.cli.build_watch import follow, poll
 from mesh.cli.failure import FAILED, INTERRUPTED, OK, USAGE, CliError
 from mesh.cli.output import print_json, stderr_console, stdout_console
-from mesh.config.builds import DEFAULT_BUILD
+from mesh.config.builds import DEFAULT_BUILD, rebuild_command
 
 #: A rollback runs the old binary once; a node that asks another one waits for 120 s.
 _ROLLBACK_S = 150.0

@@ -15,6 +15,11 @@ from mesh.config.units import Count, Seconds, Share
 DEFAULT_BUILD = "default"
 
 
+def rebuild_command(name: str) -> str:
+    """Return the command that builds *name*, or watches it being built."""
+    return "llama-mesh rebuild" + ("" if name == DEFAULT_BUILD else f" {name}")
+
+
 class _BuildKeys(Section):
     repo_url: Line | None = key(None, "Git repository to build llama-server from; null = build nothing")
     repo_path: Text = key("./llama.cpp", "Where the repository is cloned to")

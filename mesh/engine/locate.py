@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from mesh.config.builds import DEFAULT_BUILD
+from mesh.config.builds import DEFAULT_BUILD, rebuild_command
 from mesh.config.diagnostics import suggestion
 from mesh.config.profile import Engine, Profile
 from mesh.engine import embedded
@@ -153,8 +153,7 @@ def _find_named(name: str, settings: LlamaCppSettings) -> EngineBinary:
 
 
 def _how_to_build(name: str) -> str:
-    command = "llama-mesh rebuild" + ("" if name == DEFAULT_BUILD else f" {name}")
-    return f"the node builds it when it starts; see: llama-mesh builds, or build it now: {command}"
+    return f"the node builds it when it starts; see: llama-mesh builds, or build it now: {rebuild_command(name)}"
 
 
 def _is_file(path: Path, key: str) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
 from mesh import tasks
@@ -37,8 +38,8 @@ class Upkeep:
 
     def begin_upload(self) -> Callable[[], None]:
         """A form is about to be sent there; return what to call when that request is over."""
-        if (leftovers := self._leftovers) is None:
-            return self._ended.set
+        leftovers = self._leftovers
+        assert leftovers is not None, "an engine that leaves nothing is told of no upload"
         number = leftovers.begin()
 
         def over() -> None:
@@ -52,20 +53,20 @@ class Upkeep:
         None where they cannot."""
         chores = list[Coroutine[Any, Any, None]]()
         if self._leftovers is not None:
-            chores.append(tasks.forever(self._clear, every_s=0, name=f"leftovers of {self._instance_id}"))
+            clear = partial(self._clear, self._leftovers)
+            chores.append(tasks.forever(clear, every_s=0, name=f"leftovers of {self._instance_id}"))
         if port is not None:
             watch = _PortWatch(self._instance_id, port, pid, condemn)
             chores.append(tasks.forever(watch.look, every_s=LOOK_EVERY_S, name=f"port of {self._instance_id}"))
         await asyncio.gather(*chores)
 
-    async def _clear(self) -> None:
+    async def _clear(self, leftovers: Leftovers) -> None:
         """Wait for the end of a request, but not for long, and remove what is left."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_EVERY_S):
                 await self._ended.wait()
         self._ended.clear()
-        if self._leftovers is not None:
-            await asyncio.to_thread(self._leftovers.clear)
+        await asyncio.to_thread(leftovers.clear)
 
 
 class _PortWatch:

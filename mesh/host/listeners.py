@@ -21,18 +21,14 @@ _SOCKET: Final = re.compile(r"socket:\[(\d+)\]")
 _PROC: Final = Path("/proc")
 
 
-def others_listen(port: int, pids: Iterable[int], proc: Path = _PROC) -> bool:
-    """Whether somebody else than *pids* listens on *port* where they do, and may get connections from this machine."""
-    return bool(other_sockets(port, pids, proc))
-
-
 def is_crowded(port: int, proc: Path = _PROC) -> bool:
     """Whether more than one listens on *port*, on whatever address: cheap, for it need not be known who they are."""
     return len(dict(_listening(port, proc))) > 1
 
 
 def other_sockets(port: int, pids: Iterable[int], proc: Path = _PROC) -> frozenset[str]:
-    """Return the sockets (their inodes) of which ``others_listen`` tells.
+    """Return the sockets (their inodes) of others than *pids* that listen on *port* where they do, and may get
+    connections from this machine.
 
     The kernel prefers a socket of exactly the address: one on another address gets none that are for theirs, and one
     on every address only what is left. Where *pids* listen on every address, connections come in by loopback.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh.host.listeners import holders, is_crowded, other_sockets, others_listen
+from mesh.host.listeners import holders, is_crowded, other_sockets
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -49,16 +49,16 @@ def listening(address: str = "127.0.0.1") -> socket.socket:
 def test_another_on_the_same_port_is_seen() -> None:
     with listening() as own:
         port = own.getsockname()[1]
-        assert not others_listen(port, [os.getpid()])
-        assert others_listen(port, [])
+        assert not other_sockets(port, [os.getpid()])
+        assert other_sockets(port, [])
         assert not is_crowded(port)
         with another(port) as pid:
             assert is_crowded(port)
             assert holders(other_sockets(port, [os.getpid()])) == (pid,)
             assert holders(other_sockets(port, [pid])) == (os.getpid(),)
-            assert others_listen(port, [os.getpid()])
-            assert others_listen(port, [pid])
-            assert not others_listen(port, [pid, os.getpid()])
+            assert other_sockets(port, [os.getpid()])
+            assert other_sockets(port, [pid])
+            assert not other_sockets(port, [pid, os.getpid()])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_another_on_the_same_port_is_seen() -> None:
 def test_only_what_can_get_the_same_connections_counts(own_address: str, address: str, shared: bool) -> None:
     """As the kernel delivers them: asked for by connecting."""
     with listening(own_address) as own, another(port := own.getsockname()[1], address):
-        assert others_listen(port, [os.getpid()]) is shared
+        assert bool(other_sockets(port, [os.getpid()])) is shared
         own.setblocking(False)
         reached = 0
         for _ in range(20):
@@ -96,22 +96,22 @@ def test_addresses_of_both_families_are_read(tmp_path: Path) -> None:
     (tmp_path / "net/tcp6").write_text("head\n" + line.format("0" * 32 + ":1F90", 8))
     (tmp_path / "1/fd").mkdir(parents=True)
     (tmp_path / "1/fd/3").symlink_to("socket:[7]")
-    assert not others_listen(8080, [1], tmp_path), "on every address of the other family"
+    assert not other_sockets(8080, [1], tmp_path), "on every address of the other family"
     (tmp_path / "net/tcp6").write_text("head\n" + line.format(mapped, 8))
-    assert others_listen(8080, [1], tmp_path), "an IPv4 address in an IPv6 socket"
+    assert other_sockets(8080, [1], tmp_path), "an IPv4 address in an IPv6 socket"
 
 
 def test_on_every_address_is_the_same_port() -> None:
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as own:
-        assert others_listen(own.getsockname()[1], [])
+        assert other_sockets(own.getsockname()[1], [])
 
 
 def test_a_connection_is_no_listener() -> None:
     with listening() as own, socket.create_connection(own.getsockname()) as client:
-        assert not others_listen(client.getsockname()[1], [])
+        assert not other_sockets(client.getsockname()[1], [])
 
 
 def test_where_nothing_can_be_read_nothing_is_known(tmp_path: Path) -> None:
-    assert not others_listen(1, [], tmp_path)
+    assert not other_sockets(1, [], tmp_path)
     assert not is_crowded(1, tmp_path)
     assert holders({"1"}, tmp_path / "none") == ()
